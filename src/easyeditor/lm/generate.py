@@ -1,0 +1,175 @@
+"""Batched, seeded continuation with a KV cache. Left padding happens here and nowhere else.
+
+An answer ends where the model ends it: at an end-of-sequence token or a line break, at the latest after
+``max_new_tokens``. Nothing here knows what the answer should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from easyeditor.lm.model import LM
+from easyeditor.lm.text import pad
+
+Choose = Callable[[Tensor], Tensor]  # (rows, vocab) -> (rows,)
+
+
+def answer(lm: LM, prompts: Sequence[str], max_new_tokens: int = 32, batch_size: int = 8) -> list[str]:
+    """What the model says to each prompt, greedily.
+
+    Args:
+        lm: The model, with whatever edits are on it.
+        prompts: Prompts as a person writes them; prompt edits and the chat template are applied here.
+        max_new_tokens: The longest answer, in tokens.
+        batch_size: Prompts per forward pass; it does not change the answers.
+
+    Returns:
+        One answer per prompt, without the prompt and without surrounding space.
+    """
+    rows = [list(lm.text.encode(lm.rewrite(prompt)).ids) for prompt in prompts]
+    out = continuations(lm, rows, max_new_tokens, batch_size)
+    return [lm.text.decode(ids).split("\n")[0].strip() if ids else "" for ids in out]
+
+
+def sample(lm: LM, prompts: Sequence[str], max_new_tokens: int, seed: int, top_k: int = 5) -> list[str]:
+    """Random continuations of each prompt, drawn from the likeliest tokens; the same seed draws the same.
+
+    Args:
+        lm: The model.
+        prompts: Texts to go on from, as they are.
+        max_new_tokens: How many tokens to draw.
+        seed: Of a generator of its own; the global one is not touched.
+        top_k: From how many of the likeliest tokens each is drawn.
+
+    Returns:
+        The prompts with their continuations.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(logits: Tensor) -> Tensor:
+        best = logits.float().cpu().topk(min(top_k, logits.shape[-1]), dim=-1)
+        pick = torch.multinomial(best.values.softmax(-1), 1, generator=generator)
+        return best.indices.gather(-1, pick).squeeze(-1)
+
+    rows = [list(lm.text.encode(prompt).ids) for prompt in prompts]
+    out = continuations(lm, rows, max_new_tokens, len(rows), draw)
+    return [prompt + lm.text.decode(ids) for prompt, ids in zip(prompts, out, strict=True)]
+
+
+def continuations(
+    lm: LM,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    batch_size: int = 8,
+    choose: Choose | None = None,
+) -> list[list[int]]:
+    """The tokens that follow each row, up to and without the one that ends the answer.
+
+    Args:
+        lm: The model.
+        rows: Token rows of any lengths.
+        max_new_tokens: The longest continuation.
+        batch_size: Rows per forward pass.
+        choose: Logits (rows, vocab) to tokens (rows,); None: the likeliest.
+
+    Returns:
+        One list of tokens per row.
+    """
+    out: list[list[int]] = [[] for _ in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for batch in _batches(lm, order, rows, batch_size):
+        with torch.no_grad():
+            for i, ids in zip(batch, _batch(lm, [rows[i] for i in batch], max_new_tokens, choose), strict=True):
+                out[i] = ids
+    return out
+
+
+def _batches(lm: LM, order: list[int], rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Neighbours in length; a model that takes no mask gets rows of one length only."""
+    batch: list[int] = []
+    for i in order:
+        uneven = "attention_mask" not in lm.accepts and batch and len(rows[batch[-1]]) != len(rows[i])
+        if batch and (len(batch) == max(batch_size, 1) or uneven):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _batch(lm: LM, rows: list[Sequence[int]], max_new_tokens: int, choose: Choose | None) -> list[list[int]]:
+    ids, mask = pad(rows, lm.text.pad_id, "left", lm.device)
+    out: list[list[int]] = [[] for _ in rows]
+    running = list(range(len(rows)))
+    step = _Seq2SeqStep(lm, ids, mask) if lm.seq2seq else _CausalStep(lm, ids, mask)
+    for _ in range(max_new_tokens):
+        logits = step.logits()
+        for processor in lm.processors:
+            logits = processor(step.ids, logits)
+        chosen = (logits.argmax(-1) if choose is None else choose(logits)).to(ids.device)
+        for i in list(running):
+            token = int(chosen[i])
+            if token in lm.text.eos_ids:
+                running.remove(i)
+            elif out[i] and "\n" in lm.text.tokenizer.decode([token]) and lm.text.decode(out[i]).strip():
+                running.remove(i)
+            else:
+                out[i].append(token)
+        if not running:
+            break
+        step.append(chosen)
+    return out
+
+
+class _CausalStep:
+    """Left-padded rows that grow by a token at a time; with a cache if the model gives one."""
+
+    def __init__(self, lm: LM, ids: Tensor, mask: Tensor) -> None:
+        self.lm, self.ids, self.mask = lm, ids, mask
+        self.past: Any = None
+
+    def logits(self) -> Tensor:
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        new = slice(-1, None) if self.past is not None else slice(None)
+        out = self.lm.run(
+            self.ids[:, new],
+            self.mask,
+            position_ids=positions[:, new],
+            past=self.past,
+            use_cache=True,
+            last_only=True,
+        )
+        self.past = getattr(out, "past_key_values", None) if "past_key_values" in self.lm.accepts else None
+        return logits_of(out)[:, -1]
+
+    def append(self, tokens: Tensor) -> None:
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
+
+
+class _Seq2SeqStep:
+    """An encoder that runs once, and a decoder that grows by a token at a time."""
+
+    def __init__(self, lm: LM, ids: Tensor, mask: Tensor) -> None:
+        self.lm, self.source, self.mask = lm, ids, mask
+        self.encoded = lm.model.get_encoder()(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
+        self.ids = torch.full_like(ids[:, :1], lm.decoder_start)
+
+    def logits(self) -> Tensor:
+        out = self.lm.run(self.source, self.mask, decoder_input_ids=self.ids, encoder_outputs=self.encoded)
+        return logits_of(out)[:, -1]
+
+    def append(self, tokens: Tensor) -> None:
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output, (rows, length, vocab)."""
+    logits = getattr(output, "logits", None)
+    found = logits if logits is not None else output[0]
+    assert isinstance(found, Tensor)
+    return found

@@ -1,0 +1,378 @@
+"""A transformers model with its tokenizer, as an editor sees it: blocks, sites, head."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from easyeditor.errors import MissingExtra, NotEditable, UsageError
+from easyeditor.lm.structure import Site, discover, four_tokens, refusal
+from easyeditor.lm.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+log = logging.getLogger(__name__)
+
+
+class LM:
+    """A language model that can be edited. Build it with `LM.load` or `LM.wrap`.
+
+    Attributes:
+        model: The transformers model.
+        tokenizer: Its tokenizer.
+        text: Tokens and characters; see `easyeditor.lm.text`.
+        name: Where the model came from.
+        blocks: Its transformer blocks (the decoder's, for an encoder-decoder model).
+        stack: Their module path.
+        width: The width of the residual stream.
+        rewriters: Functions on the prompt that prompt edits have put in place.
+        processors: Functions on the logits that decoding edits have put in place.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str, site: str | None, editable: bool) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        self.text = Text(tokenizer, self.seq2seq)
+        self.accepts = frozenset(inspect.signature(type(model).forward).parameters)
+        self.rewriters: list[Callable[[str], str]] = []
+        self.processors: list[Callable[[Tensor, Tensor], Tensor]] = []
+        self.template = site.removesuffix(".weight") if site else None
+        with torch.no_grad():
+            structure = discover(model, lambda: self.run(four_tokens(self.vocab, self.device)))
+        self.blocks, self.stack, self.width = structure.blocks, structure.stack, structure.width
+        self._mlp_out, self._attn_out = structure.mlp_out, structure.attn_out
+        if self.template is not None:
+            self._mlp_out = [self.site(self.template.format(i)).name for i in range(len(self.blocks))]
+        if not self._mlp_out and editable:
+            raise refusal(structure, model)
+
+    @classmethod
+    def wrap(
+        cls, model: nn.Module, tokenizer: Any, *, name: str | None = None, rewrite_module_tmp: str | None = None, editable: bool = True
+    ) -> LM:
+        """Make an editable model of a loaded one.
+
+        Args:
+            model: A transformers causal language model or encoder-decoder, or a module that behaves like one.
+            tokenizer: Its tokenizer.
+            name: How reports call it; None: the model's own name or its class.
+            rewrite_module_tmp: Module path of the projection to edit with ``{}`` for the block; None: found by structure.
+            editable: Whether a model without such a projection is an error.
+
+        Returns:
+            The wrapped model; the model itself is not changed.
+
+        Raises:
+            NotEditable: There is no projection that could be edited.
+        """
+        was_training = model.training
+        model.eval()
+        try:
+            own = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+            return cls(model, tokenizer, name or own, rewrite_module_tmp, editable)
+        except BaseException:
+            model.train(was_training)
+            raise
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path,
+        dtype: str | torch.dtype | None = None,
+        device: str | int | torch.device | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
+        quantization: int | None = None,
+        *,
+        rewrite_module_tmp: str | None = None,
+        editable: bool = True,
+        trust_remote_code: bool = False,
+    ) -> LM:
+        """Load a model and its tokenizer.
+
+        Args:
+            name_or_path: A folder, a hub id, or ``tinyfacts`` for the bundled model.
+            dtype: Such as ``bfloat16``; None: that of the checkpoint.
+            device: Where to put it; a number is that accelerator, or the CPU where there is none.
+            device_map: Spread it over devices, such as ``auto``; needs the extra ``train``.
+            quantization: 4 or 8: load the base in so many bits; needs bitsandbytes.
+            rewrite_module_tmp: See `wrap`.
+            editable: See `wrap`.
+            trust_remote_code: Whether code in the model's folder may run.
+
+        Returns:
+            The wrapped model.
+
+        Raises:
+            UsageError: There is no such model, or an argument is wrong.
+            NotEditable: It has no projection that could be edited.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+        path = locate(name_or_path)
+        options: dict[str, Any] = {"dtype": _dtype(dtype), "trust_remote_code": trust_remote_code}
+        if device_map is not None:
+            options["device_map"] = device_map
+        if quantization is not None:
+            options["quantization_config"] = _quantization(quantization)
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            model = auto.from_pretrained(path, **options)
+        except ImportError as error:
+            raise MissingExtra(f"'{name_or_path}' cannot be loaded here: {_first_line(error)}") from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise UsageError(
+                f"'{name_or_path}' cannot be loaded as a language model: {_first_line(error)} Expected a folder with "
+                "config.json, tokenizer and weights, the id of a model that can be fetched, or 'tinyfacts'."
+            ) from error
+        if device is not None and device_map is None and quantization is None:
+            model.to(accelerator(device))
+        return cls.wrap(model, tokenizer, name=str(name_or_path), rewrite_module_tmp=rewrite_module_tmp, editable=editable)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights."""
+        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return next(floating, torch.float32)
+
+    @property
+    def vocab(self) -> int:
+        """The number of tokens it can say."""
+        config = getattr(self.model, "config", None)
+        inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+        return int(getattr(inner, "vocab_size", 0) or getattr(inner, "padded_vocab_size", 0) or 5)
+
+    @property
+    def head(self) -> nn.Module:
+        """The module that turns hidden states into logits.
+
+        Raises:
+            NotEditable: The model does not say which it is.
+        """
+        find = getattr(self.model, "get_output_embeddings", None)
+        head = find() if find is not None else None
+        if head is None:
+            raise NotEditable(f"{type(self.model).__name__} names no output layer. Expected get_output_embeddings().")
+        return head  # type: ignore[no-any-return]
+
+    def mlp_out(self, layer: int) -> Site:
+        """The projection of a block's MLP back into the residual stream: where ``W k = v`` holds."""
+        return self.site(self._at(self._mlp_out, layer, "MLP"))
+
+    def attn_out(self, layer: int) -> Site:
+        """The projection of a block's attention back into the residual stream."""
+        return self.site(self._at(self._attn_out, layer, "attention"))
+
+    def _at(self, names: list[str], layer: int, what: str) -> str:
+        if not names:
+            raise NotEditable(f"{self.name}: no dense {what} projection was found in '{self.stack}'.")
+        if not 0 <= layer < len(names):
+            raise UsageError(
+                f"Setting 'layers': {self.name} has blocks 0 to {len(names) - 1}, not {layer}. Choose one of these."
+            )
+        return names[layer]
+
+    def site(self, path: str) -> Site:
+        """The projection at a module path, as ``a.b[3].c`` or ``a.b.3.c``, with or without ``.weight``.
+
+        Raises:
+            UsageError: There is no such projection.
+        """
+        name = path.replace("[", ".").replace("]", "").removesuffix(".weight").removeprefix("model.model.model.")
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError:
+            near = [n for n, m in self.model.named_modules() if n.endswith(name.split(".")[-1]) and hasattr(m, "weight")]
+            raise UsageError(
+                f"{self.name} has no module '{name}'. Pass a module path such as '{near[0] if near else 'lm_head'}', "
+                "or leave the setting out and it is found."
+            ) from None
+        if not hasattr(module, "weight"):
+            raise UsageError(f"'{name}' of {self.name} is a {type(module).__name__}; expected a Linear or Conv1D.")
+        return Site(name, module)
+
+    def run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        encoder_outputs: Any = None,
+        past: Any = None,
+        use_cache: bool = False,
+        last_only: bool = False,
+    ) -> Any:
+        """One forward pass, with those arguments that the model takes.
+
+        Args:
+            input_ids: (rows, length).
+            attention_mask: (rows, length), or with the cached length in front.
+            position_ids: (rows, length).
+            decoder_input_ids: (rows, length), for an encoder-decoder model.
+            encoder_outputs: What the encoder returned, instead of running it again.
+            past: The cache of an earlier pass.
+            use_cache: Whether to return one.
+            last_only: Whether the logits of the last position are enough.
+
+        Returns:
+            The model's output.
+        """
+        if self.seq2seq and decoder_input_ids is None:
+            decoder_input_ids = torch.full_like(input_ids[:, :1], self.decoder_start)
+        offered = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "decoder_input_ids": decoder_input_ids,
+            "encoder_outputs": encoder_outputs,
+            "past_key_values": past,
+            "logits_to_keep": 1 if last_only else None,
+        }
+        given = {key: value for key, value in offered.items() if value is not None and key in self.accepts}
+        if "use_cache" in self.accepts:
+            given["use_cache"] = use_cache
+        return self.model(input_ids=input_ids, **given)
+
+    @property
+    def decoder_start(self) -> int:
+        """The token that a decoder of its own begins with."""
+        config = self.model.config
+        return int(getattr(config, "decoder_start_token_id", None) or 0)  # type: ignore[arg-type]
+
+    def rewrite(self, prompt: str) -> str:
+        """The prompt as it is after the prompt edits that are in place, rendered through the chat template if on."""
+        for rewriter in self.rewriters:
+            prompt = rewriter(prompt)
+        return self.text.render(prompt)
+
+    def facts(self) -> dict[str, Any]:
+        """What a preset row is matched by."""
+        config = getattr(self.model, "config", None)
+        inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+        rope = getattr(inner, "rope_parameters", None) or getattr(inner, "rope_scaling", None) or {}
+        return {
+            "model_type": getattr(config, "model_type", type(self.model).__name__),
+            "layers": len(self.blocks),
+            "width": self.width,
+            "vocab": self.vocab,
+            "rope_type": rope.get("rope_type", "default") if isinstance(rope, dict) else "default",
+        }
+
+    def weight_name(self, layer: int) -> str:
+        """The name of the weight that is edited at a block."""
+        return self.mlp_out(layer).weight_name
+
+    def describe(self) -> dict[str, Any]:
+        """What discovery found, for people: blocks, width, sites with shapes."""
+        first = self.mlp_out(0) if self._mlp_out else None
+        return {
+            "name": self.name,
+            "class": type(self.model).__name__,
+            **self.facts(),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "blocks": self.stack,
+            "mlp_out": _as_template(self._mlp_out, self.stack),
+            "attn_out": _as_template(self._attn_out, self.stack),
+            "mlp_out_shape": [first.d_out, first.d_in] if first else None,
+            "orientation": type(first.module).__name__ if first else None,
+            "editable": bool(self._mlp_out),
+        }
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """A context in which no parameter asks for a gradient; flags are put back after."""
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        for p, _ in flags:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p, flag in flags:
+                p.requires_grad_(flag)
+
+
+def locate(name_or_path: str | Path) -> str:
+    """The folder of the bundled model for ``tinyfacts``, else the path or hub id as it is.
+
+    Raises:
+        UsageError: It looks like a folder and there is none.
+    """
+    name = str(name_or_path)
+    if Path(name).is_dir():
+        return name
+    bundled = files("easyeditor") / name
+    if name.isidentifier() and (bundled / "config.json").is_file():
+        return str(bundled)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UsageError(
+            f"There is no model folder '{name}'. Expected a folder with config.json, tokenizer and weights; "
+            "check the path, or use 'tinyfacts', the bundled model."
+        )
+    return name
+
+
+def accelerator(device: str | int | torch.device) -> torch.device:
+    """The device that is meant: a number is that accelerator, or the CPU where the machine has none.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    try:
+        if not isinstance(device, int):
+            return torch.device(device)
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if found is None:
+            log.info("device %d asked for; this machine has no accelerator, so the model stays on the CPU.", device)
+            return torch.device("cpu")
+        return torch.device(found.type, device)
+    except RuntimeError as error:
+        raise UsageError(f"There is no device '{device}': {_first_line(error)} Pass 'cpu' or a device number.") from None
+
+
+def _dtype(dtype: str | torch.dtype | None) -> Any:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype or "auto"
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+    found = getattr(torch, short.get(dtype, dtype), None)
+    if dtype != "auto" and not isinstance(found, torch.dtype):
+        raise UsageError(f"Unknown dtype '{dtype}'. Pass float32, bfloat16 or float16, or leave it out.")
+    return found or "auto"
+
+
+def _quantization(bits: int) -> Any:
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if bits not in (4, 8):
+        raise UsageError(f"quantization is {bits}. Pass 4 or 8, or leave it out.")
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtra("A quantised base needs bitsandbytes. Install it: pip install 'easyeditor[quantised]'.")
+    return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+
+
+def _as_template(names: list[str], stack: str) -> str | None:
+    return names[0].replace(f"{stack}.0.", f"{stack}.{{}}.", 1) if names else None
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".: ")
+    return f"{line}."
