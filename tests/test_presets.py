@@ -76,7 +76,8 @@ BY_DEPTH: dict[str, set[str]] = {
 
 
 def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    table: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    return table
 
 
 def rows() -> list[tuple[str, str, dict[str, Any]]]:

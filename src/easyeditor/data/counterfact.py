@@ -1,0 +1,119 @@
+"""CounterFact (Meng et al., NeurIPS 2022, arXiv:2202.05262): the original layout and the flat one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from easyeditor.data.dataset import RecordDataset
+from easyeditor.data.own import OWN
+from easyeditor.data.records import Layout, Record, take, take_texts
+from easyeditor.errors import UsageError
+from easyeditor.requests import EditRequest
+
+FIELDS = (
+    "case_id",
+    "pararel_idx",
+    "requested_rewrite",
+    "paraphrase_prompts",
+    "neighborhood_prompts",
+    "attribute_prompts",
+    "generation_prompts",
+    "portability",
+    "alternative_subject",
+    "unrelated_relation",
+    "distracting_neighborhood_prompts",
+)
+
+
+def one_hop(row: Mapping[str, Any], record: str) -> dict[str, Any]:
+    """The portability question that was written for a record, as a group of probes; empty if there is none.
+
+    Raises:
+        UsageError: The question or its answer is missing.
+    """
+    if row.get("portability") is None:
+        return {}
+    asked = take(row, "portability", dict, record)
+    question, answer = (take(asked, key, str, record, "portability.") for key in ("New Question", "New Answer"))
+    return {"one_hop": {"prompt": question, "ground_truth": answer}}
+
+
+def _convert(row: Mapping[str, Any], record: str) -> EditRequest:
+    rewrite = take(row, "requested_rewrite", dict, record)
+    place = "requested_rewrite."
+    template, subject = (take(rewrite, key, str, record, place) for key in ("prompt", "subject"))
+    if "{}" not in template:
+        raise UsageError(f"{record}, field '{place}prompt': no '{{}}' in '{template}'. Put it where the subject goes.")
+    new, old = (
+        take(take(rewrite, key, dict, record, place), "str", str, record, f"{place}{key}.")
+        for key in ("target_new", "target_true")
+    )
+    return EditRequest.from_dict(
+        {
+            "prompt": template.replace("{}", subject),
+            "target_new": new,
+            "subject": subject,
+            "ground_truth": old,
+            "rephrase_prompts": take_texts(row, "paraphrase_prompts", record),
+            "locality": _locality(row, old, record),
+            "portability": {**one_hop(row, record), **_other_name(row, template, new, record)},
+            "case_id": row.get("case_id"),
+        },
+        record,
+    )
+
+
+def _locality(row: Mapping[str, Any], answer: str, record: str) -> dict[str, Any]:
+    groups: dict[str, Any] = {}
+    for name, key in (("neighborhood", "neighborhood_prompts"), ("distracting", "distracting_neighborhood_prompts")):
+        prompts = take_texts(row, key, record)
+        if prompts:
+            groups[name] = {"prompt": prompts, "ground_truth": [answer] * len(prompts)}
+    if row.get("unrelated_relation") is not None:
+        other = take(row, "unrelated_relation", dict, record)
+        question, known = (take(other, key, str, record, "unrelated_relation.") for key in ("question", "object"))
+        groups["other_attribute"] = {"prompt": question, "ground_truth": known}
+    return groups
+
+
+def _other_name(row: Mapping[str, Any], template: str, answer: str, record: str) -> dict[str, Any]:
+    if row.get("alternative_subject") is None:
+        return {}
+    name = take(row, "alternative_subject", str, record)
+    return {"subject_replace": {"prompt": template.replace("{}", name), "ground_truth": answer}}
+
+
+COUNTERFACT = Layout("CounterFact", FIELDS, _convert)
+
+
+class CounterFactDataset(RecordDataset):
+    """CounterFact in its original layout (``requested_rewrite``, ...) or the flat one (``prompt``, ``target_new``...).
+
+    Each item is a dict with ``prompt``, ``target_new``, ``ground_truth``, ``subject``, ``rephrase_prompt``,
+    ``locality_prompt``, ``locality_ground_truth`` and ``case_id``; those of the original layout also have all
+    ``paraphrase_prompts`` and ``neighborhood_prompts``. The requests have every probe: ``locality["neighborhood"]``
+    with the true answer of the edited fact, and ``distracting``, ``other_attribute``, ``portability["one_hop"]`` and
+    ``["subject_replace"]`` where the file has them.
+    """
+
+    def _layout(self, rows: Sequence[dict[str, Any]]) -> Layout:
+        return COUNTERFACT if any("requested_rewrite" in row for row in rows) else OWN
+
+    def _item(self, record: Record) -> dict[str, Any]:
+        row, request = record.row, record.request
+        if "requested_rewrite" not in row:
+            return {"case_id": record.index, **row}
+        paraphrases, neighbours = (list(row.get(f"{kind}_prompts") or []) for kind in ("paraphrase", "neighborhood"))
+        return {
+            "case_id": row.get("case_id", record.index),
+            "prompt": request.prompt,
+            "target_new": request.target_new,
+            "ground_truth": request.ground_truth,
+            "subject": request.subject,
+            "rephrase_prompt": paraphrases[0] if paraphrases else None,
+            "locality_prompt": neighbours[0] if neighbours else None,
+            "locality_ground_truth": request.ground_truth if neighbours else None,
+            "paraphrase_prompts": paraphrases,
+            "neighborhood_prompts": neighbours,
+        }
