@@ -1,0 +1,199 @@
+"""What the verbs share: their common options, tables and JSON on stdout, all else on stderr, errors as one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from easyeditor.errors import EasyEditError, UsageError
+
+if TYPE_CHECKING:
+    from easyeditor.edits.ledger import Ledger
+    from easyeditor.lm.model import LM
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
+
+MethodOption = Annotated[str, typer.Option("--method", help="The method; 'easyedit methods' lists them.")]
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="A model folder, a hub id, or 'tinyfacts'.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Where to put the model: 'cpu', or the number of an accelerator.")
+]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else that of the checkpoint.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and more log lines.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method. Repeatable.")
+]
+
+
+def door(verb: Verb) -> Verb:
+    """Make a verb answer every error with one sentence on stderr: exit code 2 for usage, 1 for all else.
+
+    The verb takes a keyword ``debug``; with it, the traceback is shown.
+    """
+
+    @functools.wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        debug = bool(kwargs.get("debug"))
+        _log_to_stderr(debug)
+        try:
+            verb(*args, **kwargs)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            typer.echo(f"easyedit: {sentence(error)}", err=True)
+            raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+
+    return run  # type: ignore[return-value]
+
+
+def sentence(error: Exception) -> str:
+    """What a person is told of an error, on one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, EasyEditError):
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ('{error.filename}')" if error.filename else ""
+        return f"{error.strerror}{where}. Nothing that was saved before has been touched."
+    return f"An unexpected {type(error).__name__}: {text or 'no message'} Run it again with --debug for the traceback."
+
+
+def out() -> Console:
+    """The console for results."""
+    return _console(stderr=False)
+
+
+def err() -> Console:
+    """The console for progress and remarks."""
+    return _console(stderr=True)
+
+
+def _console(stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    wide = None if stream.isatty() or "COLUMNS" in os.environ else 140
+    return Console(stderr=stderr, highlight=False, width=wide)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A line with a spinner on stderr while something runs; when that is no terminal, no bars at all."""
+    console = err()
+    if not console.is_terminal:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        yield
+        return
+    with console.status(what):
+        yield
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], right: Iterable[str] = ()) -> Table:
+    """A table of texts.
+
+    Args:
+        title: Above it.
+        columns: The headings.
+        rows: The cells, row by row; None is shown as a dash.
+        right: The headings of columns of numbers.
+    """
+    grid = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    numbers = set(right)
+    for name in columns:
+        grid.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*(_cell(value) for value in row))
+    return grid
+
+
+def emit(document: object) -> None:
+    """Print one JSON document on stdout; numbers that JSON does not have become null."""
+    typer.echo(json.dumps(plain(document), indent=2, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """A value in the types that JSON has."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+def device_of(text: str | None) -> str | int | None:
+    """The device as the library takes it: a number is an accelerator."""
+    return int(text) if text is not None and text.isdigit() else text
+
+
+def keep_what_is_there(folder: Path, force: bool) -> None:
+    """Refuse a folder that exists, before any work is done.
+
+    Raises:
+        UsageError: It exists, and `force` is off.
+    """
+    if folder.exists() and not force:
+        raise UsageError(f"'{folder}' exists already: choose another name, or pass --force to replace it.")
+
+
+def load(model: str, device: str | None, dtype: str | None, editable: bool = True) -> LM:
+    """Load a model, and say so meanwhile."""
+    from easyeditor.lm.model import LM
+
+    with waiting(f"Loading {model}"):
+        return LM.load(model, dtype=dtype, device=device_of(device), editable=editable)
+
+
+def with_edits(lm: LM, folders: Iterable[str], force: bool) -> Ledger:
+    """Put saved edits on a model, in the order of the folders.
+
+    Raises:
+        WrongBase: An edit was made for other weights, and `force` is off.
+    """
+    from easyeditor.edits.ledger import Ledger
+    from easyeditor.edits.store import load_edits
+
+    ledger = Ledger.of(lm)
+    for edits in [load_edits(folder) for folder in folders]:
+        for edit in edits:
+            ledger.apply(edit, force=force)
+    return ledger
+
+
+def _cell(value: object) -> str:
+    from rich.markup import escape
+
+    return "-" if value is None else escape(str(value))
+
+
+def _log_to_stderr(debug: bool) -> None:
+    """Send the library's log lines to the stderr of this run."""
+    logger = logging.getLogger("easyeditor")
+    for old in [handler for handler in logger.handlers if handler.get_name() == "easyedit"]:
+        logger.removeHandler(old)
+    handler = logging.StreamHandler()
+    handler.set_name("easyedit")
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)

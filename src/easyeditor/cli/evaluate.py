@@ -1,0 +1,104 @@
+"""`easyedit eval`: what the edits of a data set are worth; each result is on disk as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from easyeditor.cli.common import (
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MethodOption,
+    SetOption,
+    door,
+    emit,
+    err,
+    keep_what_is_there,
+    out,
+    plain,
+    table,
+    waiting,
+)
+from easyeditor.cli.facts import many_facts
+from easyeditor.cli.settings import Choice
+
+
+@door
+def evaluate(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A data file, or tinyfacts, or tinyfacts:tuning.")],
+    method: MethodOption = "ROME",
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="A model folder or hub id.  [default: tinyfacts]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many facts.")] = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Leave each edit on, and score again on the final model.")
+    ] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Facts per edit, for methods that take several.")] = None,
+    results: Annotated[
+        Path | None, typer.Option("--out", metavar="RESULTS.jsonl", help="One line per fact, as it is done.")
+    ] = None,
+    settings: SetOption = None,
+    hparams: Annotated[Path | None, typer.Option(metavar="PATH", help="A settings file, or METHOD/MODEL.")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask and edit through the model's chat template.")] = False,
+    seed: Annotated[int | None, typer.Option(help="For whatever the method draws.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace RESULTS.jsonl.")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Edit the facts of DATA with a method, and score the edits, the paraphrases and what must not move."""
+    pairs = (*(settings or ()), *((f"batch_size={batch}",) if batch else ()))
+    said = Choice(method, model, hparams, pairs, device, dtype, chat, seed).hparams()
+    requests = many_facts(data, limit)
+    if results is not None:
+        keep_what_is_there(results, force)
+
+    from easyeditor.editors.base import BaseEditor
+    from easyeditor.editors.summary import summarise
+
+    with waiting("Loading the model"):
+        editor = BaseEditor.from_hparams(said)
+    stream = editor.stream(requests, sequential_edit=sequential)
+    records = list(written(progressing(stream, len(requests), said.alg_name), results))
+    summary = summarise(records)
+    if as_json:
+        emit({"data": data, "method": said.alg_name, "facts": len(records), "out": results, "scores": summary})
+        return
+    out().print(table("", ("score", "n", "mean"), summary.items()))
+
+
+def progressing(stream: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+    """The same things, with a bar on stderr that says how many are done and how long the rest will take."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=err(),
+        disable=not err().is_terminal,
+    )
+    with bar:
+        yield from bar.track(stream, total=total, description=what)
+
+
+def written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[dict[str, Any]]:
+    """The same records, each written to a file as one line of JSON before the next is made."""
+    if path is None:
+        yield from records
+        return
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            yield record

@@ -1,0 +1,52 @@
+"""`easyedit merge`: a plain transformers folder with the edits in its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from easyeditor.cli.common import (
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    door,
+    emit,
+    keep_what_is_there,
+    load,
+    out,
+    with_edits,
+)
+
+
+@door
+def merge(
+    edits: Annotated[list[str], typer.Option("--edits", metavar="DIR", help="A saved edit. Repeatable, in order.")],
+    into: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.")],
+    model: ModelOption = "tinyfacts",
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUT, and put edits on a base they were not made for.")
+    ] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a model with saved edits into a plain transformers folder that loads without this library."""
+    from easyeditor.edits.store import merge as write
+    from easyeditor.edits.store import read_header
+
+    keep_what_is_there(into, force)
+    for folder in edits:
+        read_header(folder)
+    lm = load(model, device, dtype)
+    ledger = with_edits(lm, edits, force)
+    write(lm, into, force)
+    if as_json:
+        emit({"model": model, "edits": edits, "applied": len(ledger.active), "out": into})
+        return
+    out().print(f"{len(ledger.active)} edit(s) of {', '.join(edits)} merged into '{into}'. It loads with transformers:")
+    out().print(f"  AutoModelForCausalLM.from_pretrained('{into}')", markup=False)
