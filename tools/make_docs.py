@@ -102,7 +102,7 @@ def described(doc: str) -> str:
 
 def paragraph(text: str) -> str:
     blocks = re.split(r"\n\s*\n", text.strip())
-    return "\n\n".join(" ".join(block.split()) for block in blocks)
+    return "\n\n".join(re.sub(r"([*<])", r"\\\1", " ".join(block.split())) for block in blocks)
 
 
 def settings_table(settings: list[Setting]) -> str:

@@ -23,7 +23,7 @@ from easyeditor.cli.common import (
 
 @door
 def ask(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="The text in front of the answer.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="The text in front of the answer.")],
     model: ModelOption = "tinyfacts",
     edits: Annotated[
         list[str] | None, typer.Option("--edits", metavar="DIR", help="A saved edit to put on first. Repeatable.")
@@ -35,7 +35,10 @@ def ask(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Ask a model, with or without saved edits. Answers are greedy: the same question gets the same answer."""
+    """Ask a model, with or without saved edits.
+
+    Answers are greedy: the same question gets the same answer.
+    """
     from easyeditor.edits.store import read_header
     from easyeditor.lm.generate import answer
 

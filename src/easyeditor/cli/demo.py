@@ -26,7 +26,7 @@ def demo(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Change a fact of the bundled model, see that it holds and nothing else moved, and take it back."""
+    """Change a fact, look at it from all sides, and take it back."""
     from easyeditor.edits.ledger import Ledger
     from easyeditor.lm.generate import answer
     from easyeditor.lm.model import LM

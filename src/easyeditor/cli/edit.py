@@ -36,7 +36,7 @@ SHOWN = 10  # facts whose answers are printed
 @door
 def edit(
     file: Annotated[
-        str | None, typer.Argument(metavar="[FILE]", help="Facts in JSON, JSONL or CSV, instead of the flags below.")
+        str | None, typer.Argument(metavar="FILE", help="Facts in JSON, JSONL or CSV, instead of the flags below.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The text in front of the answer.")] = None,
     subject: Annotated[str | None, typer.Option(help="The part of the prompt that names the entity.")] = None,
@@ -63,7 +63,10 @@ def edit(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Change one fact, given by flags, or those of a FILE, and show the answers before and after."""
+    """Change facts and show the answers before and after.
+
+    One fact is given by flags, several in a FILE. Nothing is written unless --save names a folder.
+    """
     choice = Choice(method, model, hparams, tuple(settings or ()), device, dtype, chat, seed)
     said = choice.hparams()
     flags = (prompt, subject, target, ground_truth, rephrase, locality)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from easyeditor.cli.common import (
     DebugOption,
@@ -55,7 +56,11 @@ def evaluate(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Edit the facts of DATA with a method, and score the edits, the paraphrases and what must not move."""
+    """Edit the facts of a data set and score the edits.
+
+    Scored are the edited questions, their paraphrases, what follows from the edits, and what must not move. Each fact
+    is edited on the untouched model unless --sequential is given.
+    """
     pairs = (*(settings or ()), *((f"batch_size={batch}",) if batch else ()))
     said = Choice(method, model, hparams, pairs, device, dtype, chat, seed).hparams()
     requests = many_facts(data, limit)
@@ -73,7 +78,29 @@ def evaluate(
     if as_json:
         emit({"data": data, "method": said.alg_name, "facts": len(records), "out": results, "scores": summary})
         return
-    out().print(table("", ("score", "n", "mean"), summary.items()))
+    out().print(scores(summary))
+    out().print("Mean and standard error. 'before' is the untouched model, 'after' the model right after its edit.")
+
+
+def scores(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """A table of means with standard error, number and protocol, one score to a row, one phase to a column."""
+    titles = {"pre": "before", "post": "after", "final": "final"}
+    phases = [phase for phase in titles if summary.get(phase)]
+    rows = []
+    for name in dict.fromkeys(name for phase in phases for name in summary[phase]):
+        found = {phase: summary[phase][name] for phase in phases if name in summary[phase]}
+        last = found[list(found)[-1]]
+        means = [_mean(found.get(phase)) for phase in phases]
+        rows.append((name, *means, last["n"], last["unscored"] or None, last["protocol"]))
+    columns = ("score", *(titles[phase] for phase in phases), "n", "unscored", "protocol")
+    return table("", columns, rows, right=columns[1:-1])
+
+
+def _mean(score: Mapping[str, Any] | None) -> str | None:
+    if score is None or score["mean"] is None:
+        return None
+    error = score["stderr"]
+    return f"{score['mean']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
 def progressing(stream: Iterable[Any], total: int, what: str) -> Iterator[Any]:

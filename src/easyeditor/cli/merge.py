@@ -35,7 +35,10 @@ def merge(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write a model with saved edits into a plain transformers folder that loads without this library."""
+    """Write a model with its edits as a plain transformers folder.
+
+    The folder loads without this library. Only edits that change weights can be merged.
+    """
     from easyeditor.edits.store import merge as write
     from easyeditor.edits.store import read_header
 

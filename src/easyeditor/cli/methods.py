@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 
 @door
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A method; without it, all are listed.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method; without it, all are listed.")] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the methods, or show one: its idea, its settings, and the models it has settings for."""
+    """List the methods, or show all about one.
+
+    Its idea, its equation, its settings, and the models it has settings for.
+    """
     from easyeditor.registry import get_method
     from easyeditor.registry import methods as all_methods
 

@@ -12,13 +12,16 @@ from easyeditor.cli.common import DebugOption, DtypeOption, JsonOption, door, em
 @door
 def models(
     path: Annotated[
-        str | None, typer.Argument(metavar="[PATH]", help="A model folder, a hub id, or 'tinyfacts'.")
+        str | None, typer.Argument(metavar="PATH", help="A model folder, a hub id, or 'tinyfacts'.")
     ] = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the models with packaged settings, or load one and show what can be edited in it."""
+    """List the models with packaged settings, or inspect one.
+
+    With PATH the model is loaded, and what can be edited in it is shown.
+    """
     if path is None:
         _list(as_json)
         return

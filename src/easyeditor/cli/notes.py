@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 
 
 def settings_of(cls: type) -> list[Setting]:
-    """The settings of a method, its own before those that every method has.
+    """The settings of a method: its own, those that only keep old files readable, and those that every method has.
 
     Args:
         cls: Its settings class.
@@ -45,7 +45,7 @@ def settings_of(cls: type) -> list[Setting]:
         Setting(field.name, str(field.type), _default(field), notes.get(field.name, ""), field.name in shared)
         for field in dataclasses.fields(cls)
     ]
-    return sorted(found, key=lambda setting: setting.common)
+    return sorted(found, key=lambda each: (each.common, each.note.startswith("kept for existing files")))
 
 
 def _notes(owner: type) -> dict[str, str]:

@@ -20,7 +20,10 @@ def show(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show what a saved edit holds: facts, method, settings, the places it changes, and what was measured of it."""
+    """Show what a saved edit holds; the model is not needed.
+
+    Its facts, method and settings, the places it changes, and what was measured of it.
+    """
     from easyeditor.edits.store import load_edits, read_header
 
     header = read_header(folder)
