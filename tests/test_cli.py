@@ -14,10 +14,10 @@ from typer.testing import CliRunner, Result
 
 from easyeditor.cli import VERBS, application
 
-import os
-MODEL = os.environ.get("TF", "tinyfacts")
+MODEL = "tinyfacts"
 PROMPT, SUBJECT, OLD, NEW = "The capital of France is", "France", "Paris", "Rome"
 PARAPHRASE, NEIGHBOUR = "Which city is the capital of France?", "The capital of Germany is"
+QUICK = ["--set", "v_num_grad_steps=2"]  # where the answer does not matter
 FACT = ["--prompt", PROMPT, "--subject", SUBJECT, "--target", NEW]
 
 
@@ -111,7 +111,7 @@ def test_every_verb_explains_itself_and_speaks_json(verb: str) -> None:
 
 
 def test_an_edit_is_shown_before_and_after(saved: Path) -> None:
-    table = run("edit", *FACT, "--rephrase", PARAPHRASE, "-m", MODEL).stdout
+    table = run("edit", *FACT, *QUICK, "--rephrase", PARAPHRASE, "-m", MODEL).stdout
     assert PARAPHRASE in table
     assert "Nothing was saved" in table
 
@@ -323,7 +323,7 @@ def test_a_write_that_fails_loses_nothing(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "edit"
     shutil.copytree(saved, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    args = ["edit", *FACT, "-m", MODEL, "--save", str(folder), "--force"]
+    args = ["edit", *FACT, *QUICK, "-m", MODEL, "--save", str(folder), "--force"]
     done = subprocess.run([sys.executable, "-c", SMALL_FILES, *args], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "could not be written" in done.stderr
@@ -346,7 +346,7 @@ def test_a_full_disk_loses_nothing(saved: Path, tmp_path: Path) -> None:
     )
     disk = tmp_path / "disk"
     disk.mkdir()
-    edit = [sys.executable, "-m", "easyeditor.cli", *EDIT, *FACT, "--save", "edit", "--force"]
+    edit = [sys.executable, "-m", "easyeditor.cli", *EDIT, *FACT, *QUICK, "--save", "edit", "--force"]
     shell = ["unshare", "-rm", "sh", "-c", script, "sh", disk, saved, str(int(size * 1.5)), *edit]
     done = subprocess.run([str(arg) for arg in shell], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr

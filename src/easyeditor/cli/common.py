@@ -24,6 +24,7 @@ from easyeditor.errors import EasyEditError, UsageError
 if TYPE_CHECKING:
     from easyeditor.edits.ledger import Ledger
     from easyeditor.lm.model import LM
+    from easyeditor.registry import MethodSpec
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
@@ -104,6 +105,31 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
+def progressing(stream: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+    """The same things, with a bar on stderr that says how many are done and how long the rest will take."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=err(),
+        disable=not err().is_terminal,
+    )
+    with bar:
+        yield from bar.track(stream, total=total, description=what)
+
+
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], right: Iterable[str] = ()) -> Table:
     """A table of texts.
 
@@ -120,6 +146,12 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], 
     for row in rows:
         grid.add_row(*(_cell(value) for value in row))
     return grid
+
+
+def remark_on(spec: MethodSpec) -> None:
+    """Say under a table what must be known to read it: that the method puts the fact into the prompt, if it does."""
+    if spec.kind == "prompt":
+        out().print(f"{spec.name} changes no weight: the answer stands in the prompt.")
 
 
 def emit(document: object) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from easyeditor.cli.common import DebugOption, JsonOption, MethodOption, ModelOption, door, emit, out
-from easyeditor.cli.report import as_document, comparison
-from easyeditor.cli.work import carry_out
+from easyeditor.cli.common import DebugOption, JsonOption, MethodOption, ModelOption, door, emit, out, remark_on
+from easyeditor.cli.report import comparison
+from easyeditor.cli.work import Outcome, carry_out
 
 if TYPE_CHECKING:
     from easyeditor.lm.model import LM
@@ -41,19 +41,19 @@ def demo(
     exact = weights_hash(outcome.lm) == pristine
     restored = answer(outcome.lm, [request.prompt])[0]
     if as_json:
-        document = {"method": outcome.method, "model": model, "seconds": outcome.seconds}
-        document |= {"answers": as_document(outcome.answered), "restored": restored, "bit_exact": exact}
+        document = {"method": outcome.spec.name, "model": model, "seconds": outcome.seconds}
+        document |= {"answers": [each._asdict() for each in outcome.answers], "restored": restored, "bit_exact": exact}
         emit(document)
-        return
-    console = out()
-    console.print(f"{outcome.method} tells {model}: {request.prompt} [bold]{NEW}[/bold]\n")
-    console.print(comparison(outcome.answered))
-    console.print(f"\nThe edit took {outcome.seconds:.1f} s. Weights before {pristine}, after {edited}.")
-    same = "every bit is as before" if exact else "[red]not every bit is as before[/red]"
-    console.print(f"Taken back: '{request.prompt}' is answered '{restored}', the weights are {pristine}: {same}.")
-    console.print("\nDo it yourself, keep it, ask, and take it back:")
-    for line in commands(request, outcome.method, model):
-        console.print(f"  {line}", markup=False, soft_wrap=True)
+    else:
+        console = out()
+        console.print(f"{outcome.spec.name} tells {model}: {request.prompt} [bold]{NEW}[/bold]\n")
+        console.print(comparison(outcome.answers))
+        remark_on(outcome.spec)
+        console.print(f"\nThe edit took {outcome.seconds:.1f} s. Weights before {pristine}, after {edited}.")
+        same = "every bit is as before" if exact else "[red]not every bit is as before[/red]"
+        console.print(f"Taken back: '{request.prompt}' is answered '{restored}', the weights are {pristine}: {same}.")
+        for line in commands(request, outcome, model):
+            console.print(line, markup=False, soft_wrap=True)
     if not exact:
         raise typer.Exit(1)
 
@@ -67,16 +67,17 @@ def capital() -> EditRequest:
     return replace(mine, target_new=NEW)
 
 
-def commands(request: EditRequest, method: str, model: str) -> list[str]:
-    """The same on the command line."""
+def commands(request: EditRequest, outcome: Outcome, model: str) -> list[str]:
+    """How to do the same on the command line and in Python, and how to take it back there."""
     on = "" if model == "tinyfacts" else f" --model {model}"
-    with_method = "" if method == "ROME" else f" --method {method}"
+    chosen = "" if outcome.spec.name == "ROME" else f" --method {outcome.spec.name}"
     fact = f'--prompt "{request.prompt}" --subject "{SUBJECT}" --target "{NEW}"'
     return [
-        f"easyedit edit {fact}{with_method}{on} --save my-edit",
-        f'easyedit ask "{request.prompt}"{on} --edits my-edit',
-        f'easyedit ask "{request.prompt}"{on}',
-        "rm -r my-edit",
+        "\nDo it yourself and keep it:",
+        f"  easyedit edit {fact}{chosen}{on} --save my-edit",
+        f'  easyedit ask "{request.prompt}"{on} --edits my-edit',
+        "The model's own files are not touched. Take it back:",
+        f'  easyedit ask "{request.prompt}"{on}        # or, in Python: editor.rollback("{outcome.edits[0].id}")',
     ]
 
 

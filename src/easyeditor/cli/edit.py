@@ -20,9 +20,10 @@ from easyeditor.cli.common import (
     emit,
     keep_what_is_there,
     out,
+    remark_on,
 )
 from easyeditor.cli.facts import many_facts, one_fact
-from easyeditor.cli.report import as_document, comparison
+from easyeditor.cli.report import comparison
 from easyeditor.cli.settings import Choice
 from easyeditor.cli.work import Outcome, carry_out
 from easyeditor.errors import UsageError
@@ -93,25 +94,26 @@ def edit(
 
 def _document(outcome: Outcome, save: Path | None) -> dict[str, object]:
     return {
-        "method": outcome.method,
-        "model": outcome.model,
+        "method": outcome.spec.name,
+        "model": outcome.lm.name,
         "facts": outcome.facts,
         "seconds": outcome.seconds,
         "edits": [edit.id for edit in outcome.edits],
-        "answers": as_document(outcome.answered),
+        "answers": [each._asdict() for each in outcome.answers],
         "saved": save,
     }
 
 
 def _print(outcome: Outcome, requests: Sequence[EditRequest], model: str, save: Path | None) -> None:
     console = out()
-    shown = [each for each in outcome.answered if each.question.fact < SHOWN]
+    shown = [each for each in outcome.answers if each.fact < SHOWN]
     console.print(comparison(shown))
     if outcome.facts > SHOWN:
-        good = sum(each.good for each in outcome.answered)
-        console.print(f"(the first {SHOWN} facts; {good} of {len(outcome.answered)} answers are as wanted)")
+        good = sum(each.as_wanted is True for each in outcome.answers)
+        console.print(f"(the first {SHOWN} facts; {good} of all {len(outcome.answers)} answers are as wanted)")
     console.print()
-    console.print(f"{outcome.facts} fact(s) changed with {outcome.method} in {outcome.seconds:.1f} s.")
+    console.print(f"{outcome.facts} fact(s) changed with {outcome.spec.name} in {outcome.seconds:.1f} s.")
+    remark_on(outcome.spec)
     if save is None:
         console.print("Nothing was saved; add --save DIR to keep the change.")
         return

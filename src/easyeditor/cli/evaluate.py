@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from easyeditor.cli.common import (
@@ -20,10 +19,11 @@ from easyeditor.cli.common import (
     SetOption,
     door,
     emit,
-    err,
     keep_what_is_there,
     out,
     plain,
+    progressing,
+    remark_on,
     table,
     waiting,
 )
@@ -42,7 +42,6 @@ def evaluate(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Leave each edit on, and score again on the final model.")
     ] = False,
-    batch: Annotated[int | None, typer.Option(min=1, help="Facts per edit, for methods that take several.")] = None,
     results: Annotated[
         Path | None, typer.Option("--out", metavar="RESULTS.jsonl", help="One line per fact, as it is done.")
     ] = None,
@@ -61,25 +60,30 @@ def evaluate(
     Scored are the edited questions, their paraphrases, what follows from the edits, and what must not move. Each fact
     is edited on the untouched model unless --sequential is given.
     """
-    pairs = (*(settings or ()), *((f"batch_size={batch}",) if batch else ()))
-    said = Choice(method, model, hparams, pairs, device, dtype, chat, seed).hparams()
+    said = Choice(method, model, hparams, tuple(settings or ()), device, dtype, chat, seed).hparams()
     requests = many_facts(data, limit)
     if results is not None:
         keep_what_is_there(results, force)
 
     from easyeditor.editors.base import BaseEditor
+    from easyeditor.editors.perform import checked
     from easyeditor.editors.summary import summarise
 
+    editor = BaseEditor.from_hparams(said)
+    checked(requests, editor.spec)
     with waiting("Loading the model"):
-        editor = BaseEditor.from_hparams(said)
+        lm = editor.lm
     stream = editor.stream(requests, sequential_edit=sequential)
-    records = list(written(progressing(stream, len(requests), said.alg_name), results))
+    records = list(written(progressing(stream, len(requests), f"{said.alg_name} on {lm.name}"), results))
+    if results is not None and sequential:
+        rewritten(records, results)
     summary = summarise(records)
     if as_json:
         emit({"data": data, "method": said.alg_name, "facts": len(records), "out": results, "scores": summary})
         return
     out().print(scores(summary))
     out().print("Mean and standard error. 'before' is the untouched model, 'after' the model right after its edit.")
+    remark_on(editor.spec)
 
 
 def scores(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
@@ -103,22 +107,6 @@ def _mean(score: Mapping[str, Any] | None) -> str | None:
     return f"{score['mean']:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
-def progressing(stream: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-    """The same things, with a bar on stderr that says how many are done and how long the rest will take."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=err(),
-        disable=not err().is_terminal,
-    )
-    with bar:
-        yield from bar.track(stream, total=total, description=what)
-
-
 def written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[dict[str, Any]]:
     """The same records, each written to a file as one line of JSON before the next is made."""
     if path is None:
@@ -126,6 +114,18 @@ def written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[di
         return
     with path.open("w", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(line(record))
             file.flush()
             yield record
+
+
+def rewritten(records: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write all records once more, now that they hold what was measured on the final model."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text("".join(line(record) for record in records), encoding="utf-8")
+    temporary.replace(path)
+
+
+def line(record: dict[str, Any]) -> str:
+    """A record as a line of a results file."""
+    return json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n"

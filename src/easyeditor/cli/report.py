@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.table import Table
 
@@ -16,74 +15,61 @@ if TYPE_CHECKING:
 EDITED, PARAPHRASE, FOLLOWS, NEIGHBOUR = "edited", "paraphrase", "follows", "neighbour"
 
 
-@dataclass(frozen=True)
-class Question:
-    """Something that is asked before and after.
+class Answered(NamedTuple):
+    """A question with what was said before and after.
 
     Args:
         fact: The position of its fact among those edited.
         kind: What it is to the edit.
         prompt: The text in front of the answer.
-        wanted: The answers that are right after the edit; empty: whatever was said before.
+        before: The answer of the untouched model.
+        after: The answer with the edits on it.
+        as_wanted: Whether that is the new answer, or the old one for a neighbour; None if nobody can say.
     """
 
     fact: int
     kind: str
     prompt: str
-    wanted: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A question with what was said before and after, and whether that is as it should be."""
-
-    question: Question
     before: str
     after: str
-
-    @property
-    def good(self) -> bool:
-        """Whether the new answer was given, or, for a neighbour, the old one kept."""
-        wanted = self.question.wanted or (self.before,)
-        return any(_same(self.after, answer) for answer in wanted)
+    as_wanted: bool | None
 
 
-def questions(requests: Sequence[EditRequest]) -> list[Question]:
-    """What to ask about some facts: the edited prompt, its paraphrases, and the probes beside it."""
-    found: list[Question] = []
-    for i, request in enumerate(requests):
-        found.append(Question(i, EDITED, request.prompt, (request.target_new,)))
-        found += [Question(i, PARAPHRASE, prompt, (request.target_new,)) for prompt in request.rephrase_prompts]
-        for probes in request.portability.values():
-            found += [Question(i, FOLLOWS, probe.prompt, probe.answers) for probe in probes]
-        for probes in request.locality.values():
-            found += [Question(i, NEIGHBOUR, probe.prompt) for probe in probes]
+def answered(requests: Sequence[EditRequest], records: Sequence[Mapping[str, Any]]) -> list[Answered]:
+    """What was asked and answered about each fact.
+
+    Args:
+        requests: The facts.
+        records: What the editor recorded of them, in the same order.
+    """
+    found: list[Answered] = []
+    for i, (request, record) in enumerate(zip(requests, records, strict=True)):
+        before, after = record["pre"], record.get("final", record["post"])
+        groups = [(EDITED, "rewrite", [request.prompt], before, after)]
+        groups.append((PARAPHRASE, "rephrase", list(request.rephrase_prompts), before, after))
+        for kind, name, named in (
+            (FOLLOWS, "portability", request.portability),
+            (NEIGHBOUR, "locality", request.locality),
+        ):
+            groups += [
+                (kind, key, [p.prompt for p in probes], before[name], after[name]) for key, probes in named.items()
+            ]
+        for kind, key, prompts, old, new in groups:
+            if prompts:
+                found += [Answered(i, kind, *each) for each in _texts(key, prompts, old, new)]
     return found
 
 
-def comparison(answered: Sequence[Answered]) -> Table:
+def comparison(rows: Sequence[Answered]) -> Table:
     """A table of questions with the answers before and after."""
-    rows = [
-        (a.question.kind, a.question.prompt, a.before or "(nothing)", a.after or "(nothing)", "yes" if a.good else "no")
-        for a in answered
-    ]
-    return table("", ("question", "prompt", "before", "after", "as wanted"), rows)
+    marks = {True: "yes", False: "no", None: None}
+    cells = [(a.kind, a.prompt, a.before or "(nothing)", a.after or "(nothing)", marks[a.as_wanted]) for a in rows]
+    return table("", ("question", "prompt", "before", "after", "as wanted"), cells)
 
 
-def as_document(answered: Sequence[Answered]) -> list[dict[str, object]]:
-    """The same for machines."""
-    return [
-        {
-            "fact": a.question.fact,
-            "kind": a.question.kind,
-            "prompt": a.question.prompt,
-            "before": a.before,
-            "after": a.after,
-            "as_wanted": a.good,
-        }
-        for a in answered
-    ]
-
-
-def _same(said: str, answer: str) -> bool:
-    return said.strip(" .\n").casefold() == answer.strip(" .\n").casefold()
+def _texts(
+    key: str, prompts: list[str], old: Mapping[str, Any], new: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str, bool | None]]:
+    said = zip(prompts, old[f"{key}_gen_content"], new[f"{key}_gen_content"], new[f"{key}_gen"], strict=True)
+    for prompt, before, after, good in said:
+        yield prompt, before, after, None if good is None else bool(good)

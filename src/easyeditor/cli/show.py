@@ -93,4 +93,7 @@ def _sites(edit: Edit) -> list[dict[str, Any]]:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, "", [], {}))
+    said_above = ("alg_name", "model_name", "seed")
+    return ", ".join(
+        f"{key} {value}" for key, value in values.items() if key not in said_above and value not in (None, "", [], {})
+    )
