@@ -44,6 +44,7 @@ test-matrix: setup
 
 lint: setup
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PY) tools/make_docs.py --check
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from easyeditor.cli.common import (
+    ChatOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
@@ -31,6 +32,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 32,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    chat: ChatOption = False,
     force: Annotated[bool, typer.Option("--force", help="Put an edit on a base it was not made for.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -45,6 +47,7 @@ def ask(
     for folder in edits or []:
         read_header(folder)  # a damaged or missing folder is told before a model is loaded
     lm = load(model, device, dtype, editable=bool(edits))
+    lm.text.chat = chat
     with_edits(lm, edits or [], force)
     answers = answer(lm, prompts, max_new_tokens=max_new_tokens)
     if as_json:

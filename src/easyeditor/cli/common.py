@@ -34,6 +34,7 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="Where to put the model: 'cpu', or the number of an accelerator.")
 ]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else that of the checkpoint.")]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Go through the model's chat template.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and more log lines.")]
 SetOption = Annotated[

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from easyeditor.cli.common import (
+    ChatOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
@@ -58,7 +59,7 @@ def edit(
     hparams: Annotated[Path | None, typer.Option(metavar="PATH", help="A settings file, or METHOD/MODEL.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask and edit through the model's chat template.")] = False,
+    chat: ChatOption = False,
     seed: Annotated[int | None, typer.Option(help="For whatever the method draws.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR if it holds a saved edit.")] = False,
     as_json: JsonOption = False,

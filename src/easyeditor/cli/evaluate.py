@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from easyeditor.cli.common import (
+    ChatOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
@@ -49,7 +50,7 @@ def evaluate(
     hparams: Annotated[Path | None, typer.Option(metavar="PATH", help="A settings file, or METHOD/MODEL.")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask and edit through the model's chat template.")] = False,
+    chat: ChatOption = False,
     seed: Annotated[int | None, typer.Option(help="For whatever the method draws.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace RESULTS.jsonl.")] = False,
     as_json: JsonOption = False,

@@ -39,7 +39,7 @@ def many_facts(data: str, limit: int | None) -> list[EditRequest]:
         UsageError: There is no such file or half, or a record is not valid.
     """
     name, _, half = data.partition(":")
-    if name == "tinyfacts" and not Path(data).exists():
+    if name == "tinyfacts" and not Path(data).is_file():
         from easyeditor.data.tinyfacts import TinyFacts
 
         return TinyFacts().requests(half or "reporting", limit)
