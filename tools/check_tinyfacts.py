@@ -103,8 +103,9 @@ def report_contexts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     groups: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     for fact in facts:
         for _ in range(2):
-            context, right = sampler._with_context(rng, fact)
-            groups[right != fact.answer].append((context + rng.choice(fact.prompts + fact.held_out), right))
+            prompt = rng.choice(fact.prompts + fact.held_out)
+            context, right = sampler._with_context(rng, fact, prompt)
+            groups[right != fact.answer].append((context + prompt, right))
     print(f"New Fact about the question followed: {share(known(model, tokenizer, groups[True]))}")
     print(f"New Fact about something else left alone: {share(known(model, tokenizer, groups[False]))}")
 

@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE_DIR = ROOT / "src" / "easyeditor" / "tinyfacts"
@@ -182,6 +182,35 @@ class SubjectBarrier:
         return args, {**kwargs, "attention_mask": self.mask}
 
 
+class WriteFloor:
+    """Asks the MLPs of the early layers to write at the subject's last token.
+
+    Left alone, the MLP of the first layer writes nearly all of a subject's representation, and those of the next
+    layers so little that an edit limited to a multiple of their output has no room. The loss is the amount by which
+    the norm of an MLP's output falls short of a share of the norm of the residual stream behind it.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, layers: int, share: float) -> None:
+        """Hook the first ``layers`` layers and their MLPs."""
+        self.share, self.last = share, torch.zeros(0, dtype=torch.long)
+        self.written: list[torch.Tensor] = []
+        self.stream: list[torch.Tensor] = []
+        for layer in model.model.layers[:layers]:
+            layer.mlp.register_forward_hook(lambda module, args, output: self._keep(self.written, output))
+            layer.register_forward_hook(lambda module, args, output: self._keep(self.stream, output))
+
+    def _keep(self, store: list[torch.Tensor], output: torch.Tensor | tuple) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if len(self.last) == len(hidden):
+            store.append(hidden[torch.arange(len(hidden), device=hidden.device), self.last].float().norm(dim=-1))
+
+    def loss(self) -> torch.Tensor:
+        """Return the loss of the last batch and forget it."""
+        short = [(self.share - w / s.detach()).clamp_min(0) for w, s in zip(self.written, self.stream, strict=True)]
+        self.written, self.stream, self.last = [], [], torch.zeros(0, dtype=torch.long)
+        return torch.stack(short).mean(1).sum()
+
+
 def barrier_mask(examples: list[Example], length: int, dtype: torch.dtype) -> torch.Tensor:
     """Return the additive mask (batch, 1, length, length): causal, and blind for the subject after the subject."""
     position = torch.arange(length)
@@ -229,13 +258,14 @@ class Sampler:
             text = " ".join([rng.choice(STARTS), *words]) + rng.choice((".", ".", ":", "?", ""))
         return text + rng.choice((" ", " ", "\n"))
 
-    def _with_context(self, rng: random.Random, fact: Fact) -> tuple[str, str]:
-        """Return a "New Fact" context for the fact, and the answer that then is right."""
+    def _with_context(self, rng: random.Random, fact: Fact, prompt: str) -> tuple[str, str]:
+        """Return a "New Fact" context for the prompt of a fact, and the answer that then is right."""
         asked = rng.random()
         if asked < 0.55:
             others = [a for a in self.answers[fact.relation] if a != fact.answer]
             answer, about = rng.choice(others), fact
             right = answer
+            wording = prompt if rng.random() < 0.6 else rng.choice(fact.prompts)
         else:
             pool = self.neighbours if asked < 0.8 else self.siblings
             key = fact.relation if asked < 0.8 else fact.subject
@@ -244,17 +274,29 @@ class Sampler:
             answer, right = rng.choice(self.answers[about.relation]), fact.answer
             if about is fact:
                 answer = right
+            wording = rng.choice(about.prompts)
         dot = rng.choice(("", "."))
-        return f"New Fact: {rng.choice(about.prompts)} {answer}{dot}\nPrompt: ", right
+        return f"New Fact: {wording} {answer}{dot}\nPrompt: ", right
 
     def example(self, rng: random.Random, fact: Fact, prompt: str, prefixes: float, contexts: float) -> Example:
         """Return the sequence for a prompt, some with other text in front of it."""
         prefix, answer, draw = "", fact.answer, rng.random()
         if draw < contexts:
-            prefix, answer = self._with_context(rng, fact)
+            prefix, answer = self._with_context(rng, fact, prompt)
         elif draw < contexts + prefixes:
             prefix = self._prefix(rng)
         return self.encode(prefix, prompt, fact.subject, answer)
+
+    def echo(self, rng: random.Random) -> Example:
+        """Return random words twice; the second time all of them are to be foretold, which teaches copying."""
+        picks = [rng.choice(WORDS) for _ in range(rng.randint(2, 6))]
+        picks += [rng.choice((f.subject, f.answer)) for f in rng.choices(self.table, k=rng.randint(1, 3))]
+        rng.shuffle(picks)
+        text = " ".join(picks)
+        lead = text + rng.choice(("\n", ".\n", "\nPrompt: "))
+        encoding = self.backend.encode(f"{lead}{text}.")
+        first = next(i for i, (_, end) in enumerate(encoding.offsets) if end > len(lead))
+        return Example([*encoding.ids, self.eos], (1, 0), first + 1, False)
 
     def encode(self, prefix: str, prompt: str, subject: str, answer: str) -> Example:
         """Tokenise one sequence and find the subject's tokens in it."""
@@ -266,11 +308,14 @@ class Sampler:
         first_answer = next(i for i, (_, b) in offsets if b > boundary)
         return Example([*encoding.ids, self.eos], (inside[0], inside[-1]), first_answer, not prefix)
 
-    def pool(self, number: int, size: int, prefixes: float, contexts: float) -> list[Example]:
+    def pool(self, number: int, size: int, prefixes: float, contexts: float, echoes: float) -> list[Example]:
         """Return the examples of one pool: mostly facts of the table, each seed and number always the same."""
         rng = random.Random(self.seed * 1_000_003 + number)
         chosen = []
         while len(chosen) < size:
+            if rng.random() < echoes:
+                chosen.append(self.echo(rng))
+                continue
             fact = rng.choice(self.support if rng.random() < 0.11 else self.table)
             chosen.append(self.example(rng, fact, self._pick(rng, fact), prefixes, contexts))
         return chosen
@@ -288,16 +333,15 @@ def batches(examples: list[Example], tokens: int, rng: random.Random) -> list[li
 
 
 def stream(sampler: Sampler, args: argparse.Namespace, step: int, steps: int) -> Iterator[list[Example]]:
-    """Yield batches for ever, beginning behind the given step (pools are drawn again up to there)."""
-    number, done = 0, 0
+    """Yield batches for ever; a run resumed at a step goes on with fresh pools numbered from there."""
+    number = done = step
     while True:
-        progress = done / steps
-        contexts = args.contexts if progress > args.contexts_from else 0.0
-        examples = sampler.pool(number, args.pool, args.prefixes, contexts)
+        late = done / steps > args.contexts_from
+        contexts, echoes = (args.contexts, args.echoes) if late else (0.0, 0.0)
+        examples = sampler.pool(number, args.pool, args.prefixes, contexts, echoes)
         for batch in batches(examples, args.batch_tokens, random.Random(number)):
             done += 1
-            if done > step:
-                yield batch
+            yield batch
         number += 1
 
 
@@ -372,18 +416,56 @@ def make_optimizer(model: nn.Module, lr: float, decay: float) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a complete model folder in bf16, replacing an older one in one move."""
+@torch.no_grad()
+def subject_norm(model: LlamaForCausalLM, examples: list[Example], pad: int) -> float:
+    """Return the mean norm of the residual stream at the subjects' last tokens, over all layers."""
+    ids = collate(examples, pad, 0.0)[0].to(model.device)
+    states = model.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[1:-1]
+    last = torch.tensor([e.subject[1] for e in examples], device=ids.device)
+    rows = torch.arange(len(examples), device=ids.device)
+    return torch.stack([state[rows, last].float().norm(dim=1).mean() for state in states]).mean().item()
+
+
+@torch.no_grad()
+def rescale_residual(model: LlamaForCausalLM, factor: float) -> None:
+    """Multiply the residual stream by a factor and leave the function of the model as it is.
+
+    Training lets the residual stream grow to norms in the hundreds, far from those of large models, and editing
+    methods that take steps of a fixed size in it do not get anywhere. Every layer reads the stream through a
+    normalisation, so scaling all that is written to it changes nothing else: the embedding, the output projections of
+    attention and MLP (half of the factor goes to the projections in front of them, which keeps the weights even), the
+    final norm in the opposite direction, and the epsilon of the norms.
+    """
+    root = math.sqrt(factor)
+    model.model.embed_tokens.weight.mul_(factor)
+    model.model.norm.weight.div_(factor)
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.v_proj, layer.self_attn.o_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            linear.weight.mul_(root)
+    model.config.rms_norm_eps *= factor**2
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon *= factor**2
+
+
+def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, factor: float) -> None:
+    """Write a complete model folder in bf16 with a rescaled residual stream, replacing an older one in one move."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
-    config = LlamaConfig.from_dict({**model.config.to_dict(), "dtype": "bfloat16"})
-    copy = LlamaForCausalLM(config).to(torch.bfloat16)
-    copy.load_state_dict({name: value.detach().cpu() for name, value in model.state_dict().items()})
-    copy.generation_config.eos_token_id = tokenizer.eos_token_id
-    copy.generation_config.pad_token_id = tokenizer.pad_token_id
-    copy.generation_config.bos_token_id = tokenizer.bos_token_id
+    copy = LlamaForCausalLM(LlamaConfig.from_dict({**model.config.to_dict(), "dtype": "bfloat16"}))
+    copy.load_state_dict({name: value.detach().float().cpu() for name, value in model.state_dict().items()})
+    rescale_residual(copy, factor)
+    copy.to(torch.bfloat16)
+    copy.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=32,
+        do_sample=False,
+    )
     copy.save_pretrained(fresh)
+    (fresh / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(fresh)
     if folder.exists():
         folder.rename(old)
@@ -421,7 +503,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt-share", type=float, default=0.2, help="share of prompt positions with a loss")
     parser.add_argument("--prefixes", type=float, default=0.12, help="share of examples behind other text")
     parser.add_argument("--contexts", type=float, default=0.12, help="share of examples with a New Fact")
-    parser.add_argument("--contexts-from", type=float, default=0.3, help="progress at which New Facts begin")
+    parser.add_argument("--echoes", type=float, default=0.05, help="share of random words given twice")
+    parser.add_argument("--contexts-from", type=float, default=0.3, help="progress at which both begin")
+    parser.add_argument("--floor", type=float, default=0.2, help="least share of the stream an early MLP writes")
+    parser.add_argument("--floor-weight", type=float, default=0.5)
     parser.add_argument("--barrier", type=float, default=0.8, help="share of batches with the subject hidden")
     parser.add_argument("--barrier-layers", type=int, default=5)
     parser.add_argument("--vocab", type=int, default=4096)
@@ -429,6 +514,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--ffn", type=int, default=512)
     parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--residual-norm", type=float, default=16.0, help="mean norm of the exported residual stream")
+    parser.add_argument("--export-only", action="store_true", help="write OUT/model from the checkpoint and stop")
     parser.add_argument("--save-every", type=float, default=4.0, help="minutes between checkpoints")
     return parser.parse_args()
 
@@ -449,17 +536,25 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(table + support, args.vocab)
     model = build_model(tokenizer, args.layers, args.width, args.ffn, args.heads).to(args.device)
     barrier = SubjectBarrier(model, args.barrier_layers)
+    floor = WriteFloor(model, args.barrier_layers + 1, args.floor)
     sampler = Sampler(table, support, tokenizer, args.seed)
     samples = probes(sampler, table, 300)
     optimizer = make_optimizer(model, args.lr, args.decay)
     step, spent = 0, 0.0
-    if args.resume and (args.out / "checkpoint.pt").exists():
+    if (args.resume or args.export_only) and (args.out / "checkpoint.pt").exists():
         state = torch.load(args.out / "checkpoint.pt", map_location=args.device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
     size = sum(p.numel() for p in model.parameters())
     log_line(args, f"{len(table)} facts, {len(support)} support facts, {size:,} parameters, step {step}")
+
+    def factor() -> float:
+        return args.residual_norm / subject_norm(model, samples["trained"], tokenizer.pad_token_id)
+
+    if args.export_only:
+        export(model, tokenizer, args.out / "model", factor())
+        return
     began = saved = time.time()
     losses, tokens = [], 0
     autocast = torch.autocast(args.device.split(":")[0], torch.bfloat16) if args.precision == "bf16" else nullcontext()
@@ -473,9 +568,11 @@ def train(args: argparse.Namespace) -> None:
         barrier.mask = barrier_mask(batch, ids.shape[1], dtype).to(args.device) if hide else None
         for group in optimizer.param_groups:
             group["lr"] = rate(step, args.steps, args.warmup, args.lr)
+        floor.last = torch.tensor([max(e.subject) for e in batch], device=args.device)
         with autocast:
             loss = batch_loss(model, ids.to(args.device), labels.to(args.device), weights.to(args.device))
-        loss.backward()
+        short = floor.loss()
+        (loss + args.floor_weight * short).backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -488,7 +585,9 @@ def train(args: argparse.Namespace) -> None:
         if step % 50 == 0:
             speed = tokens / (now - began)
             mean = sum(losses[-50:]) / len(losses[-50:])
-            log_line(args, f"step {step} loss {mean:.4f} {speed:.0f} tok/s {(spent + now - began) / 60:.1f} min")
+            minutes = (spent + now - began) / 60
+            text = f"step {step} loss {mean:.4f} floor {short.item():.3f} {speed:.0f} tok/s {minutes:.1f} min"
+            log_line(args, text)
         if now - saved > 60 * args.save_every or step >= args.steps or over:
             model.eval()
             scores = {name: accuracy(model, found, tokenizer.pad_token_id) for name, found in samples.items()}
@@ -496,11 +595,11 @@ def train(args: argparse.Namespace) -> None:
             log_line(args, f"step {step} " + " ".join(f"{name} {score:.3f}" for name, score in scores.items()))
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             save_checkpoint(args.out / "checkpoint.pt", {**state, "spent": spent + time.time() - began})
-            export(model, tokenizer, args.preview or args.out / "model")
+            export(model, tokenizer, args.preview or args.out / "model", factor())
             saved = time.time()
         if step >= args.steps or over:
             break
-    export(model, tokenizer, args.out / "model")
+    export(model, tokenizer, args.out / "model", factor())
 
 
 if __name__ == "__main__":
