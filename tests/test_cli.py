@@ -170,9 +170,16 @@ def test_eval_writes_each_record_and_sums_up(tmp_path: Path) -> None:
     records = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
     assert len(records) == report["facts"] == 2
     assert all({"pre", "post", "case_id", "requested_rewrite"} <= record.keys() for record in records)
-    assert report["scores"]
-    table = run("eval", "tinyfacts", "--method", "ICE", "-m", MODEL, "--limit", 2, "--sequential").stdout
+    assert report["scores"]["post"]["rewrite_gen"]["n"] == 2
+    run("eval", "tinyfacts", "--method", "ICE", "-m", MODEL, "--limit", 1, "--out", results, "--force")
+    assert len(results.read_text(encoding="utf-8").splitlines()) == 1
+    assert len(results.with_name("results.jsonl.old").read_text(encoding="utf-8").splitlines()) == 2
+    args = ("eval", "tinyfacts", "--method", "ICE", "-m", MODEL, "--limit", 2, "--sequential", "--out")
+    table = run(*args, tmp_path / "new" / "sequence.jsonl").stdout
     assert "rewrite_gen" in table
+    assert "stands in the prompt" in table
+    lines = (tmp_path / "new" / "sequence.jsonl").read_text(encoding="utf-8").splitlines()
+    assert all("final" in json.loads(line) for line in lines)
 
 
 def test_methods_and_models_are_listed_and_looked_into() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from io import TextIOWrapper
 from typing import Annotated, Literal
 
 import typer
@@ -43,6 +45,9 @@ def application(markup: Literal["rich"] | None = "rich") -> typer.Typer:
 
 def main() -> None:
     """Run the command; the console script `easyedit`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter shows a question mark
     application()()
 
 

@@ -6,20 +6,8 @@ from typing import Annotated
 
 import typer
 
-from easyeditor.cli.common import (
-    ChatOption,
-    DebugOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    door,
-    emit,
-    load,
-    out,
-    table,
-    with_edits,
-)
+from easyeditor.cli.common import door, emit, load, out, put_on, saved, table
+from easyeditor.cli.options import ChatOption, DebugOption, DeviceOption, DtypeOption, JsonOption, ModelOption
 
 
 @door
@@ -41,14 +29,12 @@ def ask(
 
     Answers are greedy: the same question gets the same answer.
     """
-    from easyeditor.edits.store import read_header
     from easyeditor.lm.generate import answer
 
-    for folder in edits or []:
-        read_header(folder)  # a damaged or missing folder is told before a model is loaded
-    lm = load(model, device, dtype, editable=bool(edits))
+    changes = saved(edits or [])  # first, so that a damaged folder is told before a model is loaded
+    lm = load(model, device, dtype, editable=bool(changes))
     lm.text.chat = chat
-    with_edits(lm, edits or [], force)
+    put_on(lm, changes, force)
     answers = answer(lm, prompts, max_new_tokens=max_new_tokens)
     if as_json:
         pairs = [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, answers, strict=True)]

@@ -1,8 +1,7 @@
-"""What the verbs share: their common options, tables and JSON on stdout, all else on stderr, errors as one sentence."""
+"""What the verbs share: results on stdout, all else on stderr, and errors as one sentence."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import logging
@@ -12,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich import box
@@ -22,24 +21,11 @@ from rich.table import Table
 from easyeditor.errors import EasyEditError, UsageError
 
 if TYPE_CHECKING:
-    from easyeditor.edits.ledger import Ledger
+    from easyeditor.edits.edit import Edit
     from easyeditor.lm.model import LM
     from easyeditor.registry import MethodSpec
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
-
-MethodOption = Annotated[str, typer.Option("--method", help="The method; 'easyedit methods' lists them.")]
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="A model folder, a hub id, or 'tinyfacts'.")]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to put the model: 'cpu', or the number of an accelerator.")
-]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; else that of the checkpoint.")]
-ChatOption = Annotated[bool, typer.Option("--chat", help="Go through the model's chat template.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and more log lines.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method. Repeatable.")
-]
 
 
 def door(verb: Verb) -> Verb:
@@ -73,7 +59,8 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f" ('{error.filename}')" if error.filename else ""
         return f"{error.strerror}{where}. Nothing that was saved before has been touched."
-    return f"An unexpected {type(error).__name__}: {text or 'no message'} Run it again with --debug for the traceback."
+    told = text.rstrip(".") or "no message"
+    return f"An unexpected {type(error).__name__}: {told}. Run it again with --debug for the traceback."
 
 
 def out() -> Console:
@@ -104,31 +91,6 @@ def waiting(what: str) -> Iterator[None]:
         return
     with console.status(what):
         yield
-
-
-def progressing(stream: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-    """The same things, with a bar on stderr that says how many are done and how long the rest will take."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=err(),
-        disable=not err().is_terminal,
-    )
-    with bar:
-        yield from bar.track(stream, total=total, description=what)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], right: Iterable[str] = ()) -> Table:
@@ -166,8 +128,6 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -198,20 +158,28 @@ def load(model: str, device: str | None, dtype: str | None, editable: bool = Tru
         return LM.load(model, dtype=dtype, device=device_of(device), editable=editable)
 
 
-def with_edits(lm: LM, folders: Iterable[str], force: bool) -> Ledger:
-    """Put saved edits on a model, in the order of the folders.
+def saved(folders: Iterable[str]) -> list[Edit]:
+    """The edits of some folders, in order.
+
+    Raises:
+        UsageError: A folder holds none.
+        DamagedFile: A folder holds one that cannot be read.
+    """
+    from easyeditor.edits.store import load_edits
+
+    return [edit for folder in folders for edit in load_edits(folder)]
+
+
+def put_on(lm: LM, edits: Iterable[Edit], force: bool) -> None:
+    """Apply saved edits.
 
     Raises:
         WrongBase: An edit was made for other weights, and `force` is off.
     """
     from easyeditor.edits.ledger import Ledger
-    from easyeditor.edits.store import load_edits
 
-    ledger = Ledger.of(lm)
-    for edits in [load_edits(folder) for folder in folders]:
-        for edit in edits:
-            ledger.apply(edit, force=force)
-    return ledger
+    for edit in edits:
+        Ledger.of(lm).apply(edit, force=force)
 
 
 def _cell(value: object) -> str:

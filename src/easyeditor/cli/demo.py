@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from easyeditor.cli.common import DebugOption, JsonOption, MethodOption, ModelOption, door, emit, out, remark_on
+from easyeditor.cli.common import door, emit, out, remark_on
+from easyeditor.cli.options import DebugOption, JsonOption, MethodOption, ModelOption
 from easyeditor.cli.report import comparison
+from easyeditor.cli.settings import Choice
 from easyeditor.cli.work import Outcome, carry_out
 
 if TYPE_CHECKING:
@@ -30,9 +32,8 @@ def demo(
     from easyeditor.edits.ledger import Ledger
     from easyeditor.lm.generate import answer
     from easyeditor.lm.model import LM
-    from easyeditor.registry import get_method
 
-    settings = get_method(method).hparams(model_name=model)
+    settings = Choice(method, model).hparams()
     request = capital()
     outcome = carry_out(settings, [request])
     pristine = weights_hash(LM.load(model))

@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from easyeditor.cli.common import (
+from easyeditor.cli.common import door, emit, keep_what_is_there, out, remark_on
+from easyeditor.cli.facts import many_facts, one_fact
+from easyeditor.cli.options import (
     ChatOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
+    HparamsOption,
     JsonOption,
+    LoadedModelOption,
     MethodOption,
+    SeedOption,
     SetOption,
-    door,
-    emit,
-    keep_what_is_there,
-    out,
-    remark_on,
 )
-from easyeditor.cli.facts import many_facts, one_fact
 from easyeditor.cli.report import comparison
 from easyeditor.cli.settings import Choice
 from easyeditor.cli.work import Outcome, carry_out
@@ -51,16 +50,14 @@ def edit(
         list[str] | None, typer.Option(metavar="PROMPT", help="A question that must not change. Repeatable.")
     ] = None,
     method: MethodOption = "ROME",
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A model folder or hub id.  [default: tinyfacts]")
-    ] = None,
+    model: LoadedModelOption = None,
     save: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to save the change.")] = None,
     settings: SetOption = None,
-    hparams: Annotated[Path | None, typer.Option(metavar="PATH", help="A settings file, or METHOD/MODEL.")] = None,
+    hparams: HparamsOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     chat: ChatOption = False,
-    seed: Annotated[int | None, typer.Option(help="For whatever the method draws.")] = None,
+    seed: SeedOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace DIR if it holds a saved edit.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,

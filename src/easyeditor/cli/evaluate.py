@@ -10,25 +10,20 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from easyeditor.cli.common import (
+from easyeditor.cli.common import door, emit, keep_what_is_there, out, plain, remark_on, table, waiting
+from easyeditor.cli.facts import many_facts
+from easyeditor.cli.options import (
     ChatOption,
     DebugOption,
     DeviceOption,
     DtypeOption,
+    HparamsOption,
     JsonOption,
+    LoadedModelOption,
     MethodOption,
+    SeedOption,
     SetOption,
-    door,
-    emit,
-    keep_what_is_there,
-    out,
-    plain,
-    progressing,
-    remark_on,
-    table,
-    waiting,
 )
-from easyeditor.cli.facts import many_facts
 from easyeditor.cli.settings import Choice
 
 
@@ -36,9 +31,7 @@ from easyeditor.cli.settings import Choice
 def evaluate(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A data file, or tinyfacts, or tinyfacts:tuning.")],
     method: MethodOption = "ROME",
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A model folder or hub id.  [default: tinyfacts]")
-    ] = None,
+    model: LoadedModelOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many facts.")] = None,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Leave each edit on, and score again on the final model.")
@@ -47,12 +40,14 @@ def evaluate(
         Path | None, typer.Option("--out", metavar="RESULTS.jsonl", help="One line per fact, as it is done.")
     ] = None,
     settings: SetOption = None,
-    hparams: Annotated[Path | None, typer.Option(metavar="PATH", help="A settings file, or METHOD/MODEL.")] = None,
+    hparams: HparamsOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     chat: ChatOption = False,
-    seed: Annotated[int | None, typer.Option(help="For whatever the method draws.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace RESULTS.jsonl.")] = False,
+    seed: SeedOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace RESULTS.jsonl; the old one becomes RESULTS.jsonl.old.")
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -65,9 +60,11 @@ def evaluate(
     requests = many_facts(data, limit)
     if results is not None:
         keep_what_is_there(results, force)
+        results.parent.mkdir(parents=True, exist_ok=True)
 
     from easyeditor.editors.base import BaseEditor
     from easyeditor.editors.perform import checked
+    from easyeditor.editors.progress import tracked
     from easyeditor.editors.summary import summarise
 
     editor = BaseEditor.from_hparams(said)
@@ -75,7 +72,7 @@ def evaluate(
     with waiting("Loading the model"):
         lm = editor.lm
     stream = editor.stream(requests, sequential_edit=sequential)
-    records = list(written(progressing(stream, len(requests), f"{said.alg_name} on {lm.name}"), results))
+    records = list(written(tracked(stream, len(requests), f"{said.alg_name} on {lm.name}"), results))
     if results is not None and sequential:
         rewritten(records, results)
     summary = summarise(records)
@@ -113,6 +110,8 @@ def written(records: Iterable[dict[str, Any]], path: Path | None) -> Iterator[di
     if path is None:
         yield from records
         return
+    if path.exists():
+        path.replace(path.with_name(f"{path.name}.old"))
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(line(record))

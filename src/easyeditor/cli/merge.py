@@ -7,19 +7,8 @@ from typing import Annotated
 
 import typer
 
-from easyeditor.cli.common import (
-    DebugOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    door,
-    emit,
-    keep_what_is_there,
-    load,
-    out,
-    with_edits,
-)
+from easyeditor.cli.common import door, emit, keep_what_is_there, load, out, put_on, saved
+from easyeditor.cli.options import DebugOption, DeviceOption, DtypeOption, JsonOption, ModelOption
 
 
 @door
@@ -40,16 +29,14 @@ def merge(
     The folder loads without this library. Only edits that change weights can be merged.
     """
     from easyeditor.edits.store import merge as write
-    from easyeditor.edits.store import read_header
 
     keep_what_is_there(into, force)
-    for folder in edits:
-        read_header(folder)
+    changes = saved(edits)
     lm = load(model, device, dtype)
-    ledger = with_edits(lm, edits, force)
+    put_on(lm, changes, force)
     write(lm, into, force)
     if as_json:
-        emit({"model": model, "edits": edits, "applied": len(ledger.active), "out": into})
+        emit({"model": model, "edits": edits, "applied": len(changes), "out": into})
         return
-    out().print(f"{len(ledger.active)} edit(s) of {', '.join(edits)} merged into '{into}'. It loads with transformers:")
+    out().print(f"{len(changes)} edit(s) of {', '.join(edits)} merged into '{into}'. It loads with transformers:")
     out().print(f"  AutoModelForCausalLM.from_pretrained('{into}')", markup=False)

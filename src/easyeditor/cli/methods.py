@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from easyeditor.cli.common import DebugOption, JsonOption, door, emit, out, table
+from easyeditor.cli.common import door, emit, out, table
 from easyeditor.cli.notes import settings_of
+from easyeditor.cli.options import DebugOption, JsonOption
 
 if TYPE_CHECKING:
     from easyeditor.registry import MethodSpec

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from easyeditor.cli.common import DebugOption, DtypeOption, JsonOption, door, emit, load, out, table
+from easyeditor.cli.common import door, emit, load, out, table
+from easyeditor.cli.options import DebugOption, DtypeOption, JsonOption
 
 
 @door

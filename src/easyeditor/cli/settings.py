@@ -30,13 +30,13 @@ class Choice:
     """
 
     method: str
-    model: str | None
-    file: Path | None
-    pairs: tuple[str, ...]
-    device: str | None
-    dtype: str | None
-    chat: bool
-    seed: int | None
+    model: str | None = None
+    file: Path | None = None
+    pairs: tuple[str, ...] = ()
+    device: str | None = None
+    dtype: str | None = None
+    chat: bool = False
+    seed: int | None = None
 
     def hparams(self) -> HyperParams:
         """The method's settings.

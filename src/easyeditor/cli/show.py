@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from easyeditor.cli.common import DebugOption, JsonOption, door, emit, out, table
+from easyeditor.cli.common import door, emit, out, table
+from easyeditor.cli.options import DebugOption, JsonOption
 
 if TYPE_CHECKING:
     from easyeditor.edits.edit import Edit

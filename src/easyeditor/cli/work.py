@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from easyeditor.cli.common import progressing, waiting
+from easyeditor.cli.common import waiting
 from easyeditor.cli.report import Answered, answered
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def carry_out(hparams: HyperParams, requests: Sequence[EditRequest]) -> Outcome:
     """
     from easyeditor.editors.base import BaseEditor
     from easyeditor.editors.perform import checked
+    from easyeditor.editors.progress import tracked
     from easyeditor.editors.summary import summarise
 
     editor = BaseEditor.from_hparams(hparams)
@@ -58,7 +59,7 @@ def carry_out(hparams: HyperParams, requests: Sequence[EditRequest]) -> Outcome:
         lm = editor.lm
     edits: list[Edit] = []
     stream = editor.stream(requests, sequential_edit=len(requests) > 1, edits=edits)
-    records = list(progressing(stream, len(requests), f"{editor.spec.name} on {lm.name}"))
+    records = list(tracked(stream, len(requests), f"{editor.spec.name} on {lm.name}"))
     scored = [
         replace(edit, scores={name: score["mean"] for name, score in summarise([record])["post"].items()})
         for edit, record in zip(edits, records, strict=True)
