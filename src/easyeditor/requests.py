@@ -102,7 +102,7 @@ class EditRequest:
         Args:
             raw: Keys ``prompt``, ``target_new`` and optionally ``subject``, ``ground_truth``, ``target_neg``,
                 ``rephrase_prompt`` (text or list), ``locality`` and ``portability``
-                (``{name: {"prompt": ..., "ground_truth": ...}}`` or ``{name: [{"prompt": ..., "ground_truth": ...}]}``),
+                (``{name: {"prompt": ..., "ground_truth": ...}}``, or a list of such dicts under each name),
                 ``loc_prompt``, ``case_id``.
             record: How error messages name this record.
 
@@ -119,7 +119,9 @@ class EditRequest:
                 raise UsageError(f"{record}: unknown field '{key}'. {did_you_mean(str(key), REQUEST_KEYS)}")
         for key in ("prompt", "target_new"):
             if key not in raw:
-                raise UsageError(f"{record}, field '{key}': it is missing. Every request has 'prompt' and 'target_new'.")
+                raise UsageError(
+                    f"{record}, field '{key}': it is missing. Every request has 'prompt' and 'target_new'."
+                )
         rephrase = raw.get("rephrase_prompts") or raw.get("rephrase_prompt") or ()
         return cls(
             prompt=raw["prompt"],
@@ -244,7 +246,7 @@ def _text(record: str, field_name: str, value: Any, remedy: str) -> None:
 
 
 def _texts(record: str, field_name: str, value: Any) -> tuple[str, ...]:
-    items = (value,) if isinstance(value, str) else tuple(value)
+    items = tuple(value) if isinstance(value, list | tuple) else (value,)
     for item in items:
         _text(record, field_name, item, "Give a text or a list of texts.")
     return items

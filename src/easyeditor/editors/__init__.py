@@ -1,0 +1,1 @@
+"""Validate, measure, edit, measure, record."""

@@ -72,7 +72,7 @@ class HyperParams:
         """Set a field; a field set by hand counts as given."""
         self._known(name)
         if name in self.__dict__:
-            self._given.add(name)
+            self.__dict__["_given"].add(name)
         object.__setattr__(self, name, _coerce(type(self), name, value))
 
     def __post_init__(self) -> None:
@@ -83,13 +83,10 @@ class HyperParams:
                 f"Correct the file, or load it with the settings class of '{self.alg_name}'."
             )
 
-    if typing.TYPE_CHECKING:
-        _given: set[str]
-
     @property
     def given(self) -> frozenset[str]:
         """The fields that were passed or set, as opposed to left at their defaults."""
-        return frozenset(self._given)
+        return frozenset(self.__dict__["_given"])
 
     @classmethod
     def _known(cls, name: str) -> None:
@@ -202,9 +199,13 @@ def matching_row(method: str, facts: Mapping[str, Any]) -> str | None:
     models = _yaml("models.yaml")
     for row in preset_rows(method):
         expected = models.get(row, {})
-        if expected and all(facts.get(key) == value for key, value in expected.items()):
+        if expected and all(_is_one_of(facts.get(key), value) for key, value in expected.items()):
             return row
     return None
+
+
+def _is_one_of(value: Any, expected: Any) -> bool:
+    return value in expected if isinstance(expected, list) else bool(value == expected)
 
 
 def preset_rows(method: str) -> list[str]:
@@ -270,7 +271,7 @@ def _fold(name: str) -> str:
 
 
 def _coerce(cls: type[HyperParams], name: str, value: Any) -> Any:
-    hint = _hints(cls)[name]
+    hint = _hints(typing.cast(Any, cls))[name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for kind in kinds:
         ok, out = _as(kind, value)
@@ -281,7 +282,7 @@ def _coerce(cls: type[HyperParams], name: str, value: Any) -> Any:
 
 
 @cache
-def _hints(cls: type[HyperParams]) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

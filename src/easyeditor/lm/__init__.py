@@ -1,0 +1,1 @@
+"""A transformers model as an editor sees it."""

@@ -32,7 +32,7 @@ def answer(lm: LM, prompts: Sequence[str], max_new_tokens: int = 32, batch_size:
     """
     rows = [list(lm.text.encode(lm.rewrite(prompt)).ids) for prompt in prompts]
     out = continuations(lm, rows, max_new_tokens, batch_size)
-    return [lm.text.decode(ids).split("\n")[0].strip() if ids else "" for ids in out]
+    return [lm.text.decode(ids).strip().split("\n")[0].strip() for ids in out]
 
 
 def sample(lm: LM, prompts: Sequence[str], max_new_tokens: int, seed: int, top_k: int = 5) -> list[str]:
@@ -113,9 +113,9 @@ def _batch(lm: LM, rows: list[Sequence[int]], max_new_tokens: int, choose: Choos
         chosen = (logits.argmax(-1) if choose is None else choose(logits)).to(ids.device)
         for i in list(running):
             token = int(chosen[i])
-            if token in lm.text.eos_ids:
-                running.remove(i)
-            elif out[i] and "\n" in lm.text.tokenizer.decode([token]) and lm.text.decode(out[i]).strip():
+            if token in lm.text.eos_ids or (
+                out[i] and "\n" in lm.text.tokenizer.decode([token]) and lm.text.decode(out[i]).strip()
+            ):
                 running.remove(i)
             else:
                 out[i].append(token)

@@ -47,6 +47,7 @@ class LM:
         self.accepts = frozenset(inspect.signature(type(model).forward).parameters)
         self.rewriters: list[Callable[[str], str]] = []
         self.processors: list[Callable[[Tensor, Tensor], Tensor]] = []
+        self.ledger: Any = None  # the `Ledger` of this model, once there is one
         self.template = site.removesuffix(".weight") if site else None
         with torch.no_grad():
             structure = discover(model, lambda: self.run(four_tokens(self.vocab, self.device)))
@@ -59,7 +60,13 @@ class LM:
 
     @classmethod
     def wrap(
-        cls, model: nn.Module, tokenizer: Any, *, name: str | None = None, rewrite_module_tmp: str | None = None, editable: bool = True
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        name: str | None = None,
+        rewrite_module_tmp: str | None = None,
+        editable: bool = True,
     ) -> LM:
         """Make an editable model of a loaded one.
 
@@ -67,7 +74,7 @@ class LM:
             model: A transformers causal language model or encoder-decoder, or a module that behaves like one.
             tokenizer: Its tokenizer.
             name: How reports call it; None: the model's own name or its class.
-            rewrite_module_tmp: Module path of the projection to edit with ``{}`` for the block; None: found by structure.
+            rewrite_module_tmp: Module path of the projection to edit, with ``{}`` for the block; None: found.
             editable: Whether a model without such a projection is an error.
 
         Returns:
@@ -138,8 +145,10 @@ class LM:
                 "config.json, tokenizer and weights, the id of a model that can be fetched, or 'tinyfacts'."
             ) from error
         if device is not None and device_map is None and quantization is None:
-            model.to(accelerator(device))
-        return cls.wrap(model, tokenizer, name=str(name_or_path), rewrite_module_tmp=rewrite_module_tmp, editable=editable)
+            torch.nn.Module.to(model, accelerator(device))
+        return cls.wrap(
+            model, tokenizer, name=str(name_or_path), rewrite_module_tmp=rewrite_module_tmp, editable=editable
+        )
 
     @property
     def device(self) -> torch.device:
@@ -153,10 +162,14 @@ class LM:
         return next(floating, torch.float32)
 
     @property
+    def _text_config(self) -> Any:
+        config: Any = getattr(self.model, "config", None)
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @property
     def vocab(self) -> int:
         """The number of tokens it can say."""
-        config = getattr(self.model, "config", None)
-        inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+        inner = self._text_config
         return int(getattr(inner, "vocab_size", 0) or getattr(inner, "padded_vocab_size", 0) or 5)
 
     @property
@@ -199,7 +212,9 @@ class LM:
         try:
             module = self.model.get_submodule(name)
         except AttributeError:
-            near = [n for n, m in self.model.named_modules() if n.endswith(name.split(".")[-1]) and hasattr(m, "weight")]
+            near = [
+                n for n, m in self.model.named_modules() if n.endswith(name.split(".")[-1]) and hasattr(m, "weight")
+            ]
             raise UsageError(
                 f"{self.name} has no module '{name}'. Pass a module path such as '{near[0] if near else 'lm_head'}', "
                 "or leave the setting out and it is found."
@@ -207,6 +222,11 @@ class LM:
         if not hasattr(module, "weight"):
             raise UsageError(f"'{name}' of {self.name} is a {type(module).__name__}; expected a Linear or Conv1D.")
         return Site(name, module)
+
+    def block_of(self, site: Site) -> int:
+        """The index of the block that a site is in; the number of blocks for a site above them all."""
+        tail = site.name.removeprefix(f"{self.stack}.")
+        return int(tail.split(".")[0]) if tail != site.name else len(self.blocks)
 
     def run(
         self,
@@ -254,7 +274,7 @@ class LM:
     def decoder_start(self) -> int:
         """The token that a decoder of its own begins with."""
         config = self.model.config
-        return int(getattr(config, "decoder_start_token_id", None) or 0)  # type: ignore[arg-type]
+        return int(getattr(config, "decoder_start_token_id", None) or 0)
 
     def rewrite(self, prompt: str) -> str:
         """The prompt as it is after the prompt edits that are in place, rendered through the chat template if on."""
@@ -264,14 +284,14 @@ class LM:
 
     def facts(self) -> dict[str, Any]:
         """What a preset row is matched by."""
-        config = getattr(self.model, "config", None)
-        inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+        config, inner = getattr(self.model, "config", None), self._text_config
         rope = getattr(inner, "rope_parameters", None) or getattr(inner, "rope_scaling", None) or {}
         return {
             "model_type": getattr(config, "model_type", type(self.model).__name__),
             "layers": len(self.blocks),
             "width": self.width,
             "vocab": self.vocab,
+            "inner": self.mlp_out(0).d_in if self._mlp_out else None,
             "rope_type": rope.get("rope_type", "default") if isinstance(rope, dict) else "default",
         }
 
@@ -344,7 +364,9 @@ def accelerator(device: str | int | torch.device) -> torch.device:
             return torch.device("cpu")
         return torch.device(found.type, device)
     except RuntimeError as error:
-        raise UsageError(f"There is no device '{device}': {_first_line(error)} Pass 'cpu' or a device number.") from None
+        raise UsageError(
+            f"There is no device '{device}': {_first_line(error)} Pass 'cpu' or a device number."
+        ) from None
 
 
 def _dtype(dtype: str | torch.dtype | None) -> Any:

@@ -156,7 +156,11 @@ def join(prompt: str, target: str) -> str:
 
 def _unspaced(char: str) -> bool:
     """Whether a character belongs to a script that is written without spaces, or to its punctuation."""
-    return bool(char) and unicodedata.east_asian_width(char) in "WF" and not unicodedata.name(char, "").startswith("HANGUL")
+    return (
+        bool(char)
+        and unicodedata.east_asian_width(char) in "WF"
+        and not unicodedata.name(char, "").startswith("HANGUL")
+    )
 
 
 def pad(

@@ -1,0 +1,70 @@
+"""Change what a language model knows, prove that the change holds and nothing else moved, and take it back.
+
+Public names are imported when they are first used; `import easyeditor` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+NAMES = MappingProxyType(
+    {
+        "LM": "lm.model",
+        "answer": "lm.generate",
+        "EditRequest": "requests",
+        "Probe": "requests",
+        "HyperParams": "hparams",
+        "BaseEditor": "editors.base",
+        "summarise": "editors.summary",
+        "summary_metrics": "editors.summary",
+        "Edit": "edits.edit",
+        "WeightEdit": "edits.edit",
+        "ModuleEdit": "edits.edit",
+        "PromptEdit": "edits.edit",
+        "DecodingEdit": "edits.edit",
+        "Ledger": "edits.ledger",
+        "applied": "edits.ledger",
+        "save_edits": "edits.store",
+        "load_edits": "edits.store",
+        "merge": "edits.store",
+        "load_requests": "data.files",
+        "CounterFactDataset": "data.counterfact",
+        "ZsreDataset": "data.zsre",
+        "TinyFacts": "data.tinyfacts",
+        "method": "registry",
+        "methods": "registry",
+        "get_method": "registry",
+        "EasyEditError": "errors",
+        "UsageError": "errors",
+        "EditFailed": "errors",
+        "EditDidNothing": "errors",
+        "NonFinite": "errors",
+        "NotEditable": "errors",
+        "WrongBase": "errors",
+        "DamagedFile": "errors",
+        "MissingExtra": "errors",
+    }
+)
+
+__all__ = list(NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in NAMES:
+        return getattr(import_module(f"easyeditor.{NAMES[name]}"), name)
+    if name.startswith("_"):
+        raise AttributeError(name)
+    registry = import_module("easyeditor.registry")
+    for spec in registry.methods().values():
+        if name == spec.hparams.__name__:
+            return spec.hparams
+        called = {registry.fold(f"apply_{known}_to_model") for known in (spec.name, *spec.aliases)}
+        if registry.fold(name) in called:
+            return import_module("easyeditor.editors.perform").apply_function(spec)
+    raise AttributeError(f"module 'easyeditor' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

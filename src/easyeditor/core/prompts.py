@@ -1,0 +1,81 @@
+"""A fact in its contexts, as token rows that know where the subject ends and where the answer begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from easyeditor.errors import UsageError
+from easyeditor.lm.generate import sample
+from easyeditor.lm.model import LM
+from easyeditor.requests import EditRequest, subject_span
+
+SEEDS = ("The", "Therefore", "Because", "I", "You")
+PLAIN = "{}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One text of a fact.
+
+    Args:
+        ids: Its tokens.
+        subject: The index of the subject's last token.
+        first: The index of the first token of the answer; the length where there is no answer.
+    """
+
+    ids: tuple[int, ...]
+    subject: int
+    first: int
+
+
+def fact_row(lm: LM, request: EditRequest, context: str = PLAIN, target: str | None = None) -> Row:
+    """The prompt of a request in a context, with an answer if one is given.
+
+    Args:
+        lm: The model.
+        request: The fact.
+        context: A text with ``{}`` where the prompt goes.
+        target: The answer; None: the prompt alone.
+
+    Returns:
+        The row.
+
+    Raises:
+        UsageError: The subject is missing, or is gone from the rendered prompt.
+    """
+    if request.subject is None:
+        raise UsageError(f"{request.record}, field 'subject': it is missing. Name the entity that the prompt is about.")
+    rendered = lm.text.render(context.replace(PLAIN, request.prompt))
+    span = subject_span(rendered, request.subject)
+    if target is None:
+        encoded = lm.text.encode(rendered)
+        return Row(encoded.ids, lm.text.last_in(encoded, *span), len(encoded.ids))
+    encoded, first = lm.text.encode_pair(rendered, target)
+    return Row(encoded.ids, lm.text.last_in(encoded, *span), first)
+
+
+def essence_row(lm: LM, request: EditRequest) -> Row:
+    """``{subject} is a``: what the subject is must stay the same."""
+    encoded = lm.text.encode(f"{request.subject} is a")
+    return Row(encoded.ids, lm.text.last_in(encoded, 0, len(request.subject or "")), len(encoded.ids))
+
+
+def contexts(lm: LM, lengths: Sequence[Sequence[int]], seed: int) -> list[str]:
+    """The bare prompt and some texts that the model itself writes in front of it.
+
+    Args:
+        lm: The model.
+        lengths: Pairs of a number of tokens and a number of texts, such as ``[[5, 10], [10, 10]]``.
+        seed: Of the sampling.
+
+    Returns:
+        Texts with ``{}`` where the prompt goes, the bare one first.
+    """
+    out = [PLAIN]
+    for length, count in lengths:
+        repeated = [SEEDS[i % len(SEEDS)] for i in range(count)]
+        if repeated:
+            texts = sample(lm, repeated, length, seed + length)
+            out += [text.replace("{", " ").replace("}", " ").replace("\n", " ").strip() + ". {}" for text in texts]
+    return out

@@ -1,0 +1,48 @@
+"""From keys and residuals to the factors of an update. All of it in fp64, all of it low rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from easyeditor.edits.delta import LowRank
+
+
+def equality(keys: Tensor, residuals: Tensor, moment: Tensor | None = None) -> LowRank:
+    """The smallest change, in the metric of C, that adds the residuals at the keys exactly.
+
+    ``D = R (K^T C^-1 K)^-1 (C^-1 K)^T``. With one key this is ROME's rank-one update, with several EMMET's.
+
+    Args:
+        keys: K, (d_in, n).
+        residuals: R, (d_out, n).
+        moment: C, (d_in, d_in); None: the identity.
+
+    Returns:
+        The factors, fp32, on the device of the keys.
+    """
+    k, r = keys.double(), residuals.double()
+    u = k if moment is None else solve_spd(moment.double().to(k.device), k)  # (d_in, n)
+    gram = k.T @ u  # (n, n)
+    left = torch.linalg.solve(gram.T, r.T).T  # (d_out, n)
+    scale = u.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+    return LowRank((left * scale).float(), (u / scale).float())
+
+
+def solve_spd(matrix: Tensor, right: Tensor, ridge: float = 1e-10) -> Tensor:
+    """``matrix^-1 right`` for a symmetric positive (semi)definite matrix, by Cholesky.
+
+    Args:
+        matrix: (d, d), fp64.
+        right: (d, n), fp64.
+        ridge: Added to the diagonal relative to its mean, enlarged until the factorisation exists.
+
+    Returns:
+        (d, n).
+    """
+    scale = matrix.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+    while True:
+        factor, info = torch.linalg.cholesky_ex(matrix + ridge * scale * torch.eye(len(matrix)).to(matrix))
+        if not info.any():
+            return torch.cholesky_solve(right, factor)
+        ridge *= 10

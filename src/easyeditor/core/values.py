@@ -1,0 +1,296 @@
+"""The value v* of a fact at a place in the model: what must be written there for the new answer to follow.
+
+    min over d:  mean over contexts of -log p(target | context + prompt, h + d)  +  kl_factor KL(p_now || p_before)
+                 +  v_weight_decay |d| / |v|^2,      |d| <= clamp |v|                        (ROME, equation 4)
+
+The vector d enters at the subject's last token only. So blocks below the place, and all tokens before the subject's
+last one, are the same in every step: they are computed once, tokens as cached keys and values. What is left of a step
+are the blocks above, the tokens from the subject on, and the head at the target's positions. The first step, at d = 0,
+is compared with the full pass; a model with which the short way does not agree is run in full.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from easyeditor.core.learn import descend
+from easyeditor.core.prompts import Row, essence_row, fact_row
+from easyeditor.errors import UsageError
+from easyeditor.lm.generate import logits_of
+from easyeditor.lm.hooks import add_at, capture, stop_after, with_hidden
+from easyeditor.lm.model import LM
+from easyeditor.lm.resume import Cut, cut_at, head_at, resumed
+from easyeditor.requests import EditRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """How values are optimised.
+
+    Args:
+        steps: Forward passes.
+        lr: Adam's step size.
+        weight_decay: Factor of ``|d| / |v|^2``.
+        clamp: The largest ``|d| / |v|``.
+        kl_factor: Factor of the divergence on ``{subject} is a``.
+        stop_loss: A loss below which the value is found.
+        place: ``mlp``: the output of the MLP's projection; ``block``: the residual stream after the block.
+        suffix_only: Whether to recompute only what changes; the result is the same.
+    """
+
+    steps: int
+    lr: float
+    weight_decay: float
+    clamp: float
+    kl_factor: float
+    stop_loss: float = 5e-2
+    place: str = "mlp"
+    suffix_only: bool = True
+
+
+@dataclass(frozen=True)
+class Value:
+    """An optimised value.
+
+    Args:
+        delta: d, (width,), fp32.
+        before: v, what stood there in the bare prompt, (width,), fp32.
+        losses: The loss of each step.
+    """
+
+    delta: Tensor
+    before: Tensor
+    losses: list[float]
+
+
+def values(
+    lm: LM, requests: Sequence[EditRequest], layer: int, contexts: Sequence[str], settings: ValueSettings
+) -> list[Value]:
+    """Optimise the values of facts, each for itself, all in one batch.
+
+    Args:
+        lm: The model; it is left as it was.
+        requests: The facts.
+        layer: The block at which to write.
+        contexts: Texts with ``{}`` where the prompt goes, the bare one first.
+        settings: How.
+
+    Returns:
+        One value per request.
+
+    Raises:
+        UsageError: The model reads the prompt in an encoder, or a subject is missing.
+    """
+    if lm.seq2seq:
+        raise UsageError(
+            f"{lm.name} reads the prompt in its encoder, and its decoder never sees the subject, so no value can be "
+            "written there. Use a method that needs no subject, such as FT, GRACE or ICE."
+        )
+    problem = _Problem(lm, requests, layer, contexts, settings)
+    with lm.frozen():
+        return problem.solve()
+
+
+class _Problem:
+    """The rows of all facts, aligned so that the subject's last token stands in one column."""
+
+    def __init__(
+        self, lm: LM, requests: Sequence[EditRequest], layer: int, contexts: Sequence[str], settings: ValueSettings
+    ) -> None:
+        self.lm, self.layer, self.settings, self.count = lm, layer, settings, len(requests)
+        facts = [[fact_row(lm, request, context, request.target_new) for context in contexts] for request in requests]
+        essences = [essence_row(lm, request) for request in requests]
+        self.rows: list[Row] = [row for found in facts for row in found] + essences
+        owners = [i for i, found in enumerate(facts) for _ in found] + list(range(self.count))
+        device = lm.device
+        self.owner = torch.tensor(owners, device=device)  # (rows,)
+        self.bare = [i * len(contexts) for i in range(self.count)]
+        self._align(device)
+        self._aim(len(contexts), device)
+
+    def _align(self, device: torch.device) -> None:
+        """Rows padded left up to the subject's last token and right after the last token that is needed."""
+        inputs = [
+            row.ids[: len(row.ids) - 1] if row.first < len(row.ids) else row.ids[: row.subject + 1] for row in self.rows
+        ]
+        self.prefix = max(row.subject for row in self.rows)
+        length = self.prefix + max(len(ids) - row.subject for ids, row in zip(inputs, self.rows, strict=True))
+        self.ids = torch.full((len(inputs), length), self.lm.text.pad_id)
+        self.mask = torch.zeros((len(inputs), length), dtype=torch.long)
+        for i, (ids, row) in enumerate(zip(inputs, self.rows, strict=True)):
+            start = self.prefix - row.subject
+            self.ids[i, start : start + len(ids)] = torch.tensor(ids)
+            self.mask[i, start : start + len(ids)] = 1
+        self.ids, self.mask = self.ids.to(device), self.mask.to(device)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+    def _aim(self, per_fact: int, device: torch.device) -> None:
+        """Which logits are needed: before each target token, and at the subject's last token of the essence rows."""
+        at: list[tuple[int, int, int, float]] = []
+        for i, row in enumerate(self.rows[: self.count * per_fact]):
+            start = self.prefix - row.subject
+            labels = row.ids[row.first :]
+            weight = 1.0 / (len(labels) * per_fact)
+            at += [(i, start + row.first - 1 + j, label, weight) for j, label in enumerate(labels)]
+        self.targets = len(at)
+        essence = [(self.count * per_fact + i, self.prefix) for i in range(self.count)]
+        self.at_rows = torch.tensor([a[0] for a in at] + [e[0] for e in essence], device=device)
+        self.at_columns = torch.tensor([a[1] for a in at] + [e[1] for e in essence], device=device)
+        self.labels = torch.tensor([a[2] for a in at], device=device)  # (targets,)
+        self.weights = torch.tensor([a[3] for a in at], device=device)  # (targets,)
+
+    def solve(self) -> list[Value]:
+        lm, settings = self.lm, self.settings
+        site = lm.mlp_out(self.layer).module if settings.place == "mlp" else lm.blocks[self.layer]
+        with (
+            torch.no_grad(),
+            capture(site) as outputs,
+            cut_at(lm, self.layer + 1) as above,
+            cut_at(lm, self.layer) as own,
+        ):
+            cache = DynamicCache() if settings.suffix_only and "past_key_values" in lm.accepts else None
+            logits, cache = self._full(None, cache)
+        before = outputs[0].reshape(len(self.rows), -1, lm.width)[self.bare, self.prefix].float()  # (facts, width)
+        kl_before = self._log_probs(logits)[self.targets :]
+        forward = self._short_way(cache, above, own, logits)
+        delta = torch.zeros_like(before)
+        size = before.norm(dim=1)
+
+        def losses() -> Tensor:
+            logp = self._log_probs(forward(delta))
+            gold = logp[: self.targets].gather(1, self.labels[:, None].to(logp.device)).squeeze(1)
+            owner = self.owner[self.at_rows[: self.targets]]
+            nll = torch.zeros(self.count, device=logp.device).index_add(0, owner, -gold * self.weights)
+            now = logp[self.targets :]
+            kl = (now.exp() * (now - kl_before)).sum(-1)  # KL(p_now || p_before), (facts,)
+            decay = delta.norm(dim=1) / size**2
+            return nll + settings.kl_factor * kl + settings.weight_decay * decay.to(logp.device)
+
+        def clamp() -> None:
+            largest = settings.clamp * size
+            delta.mul_((largest / delta.norm(dim=1).clamp(min=1e-12)).clamp(max=1.0)[:, None])
+
+        trace = descend(
+            [delta], losses, steps=settings.steps, lr=settings.lr, stop_below=settings.stop_loss, project=clamp
+        )
+        return [Value(delta[i], before[i], [step[i] for step in trace]) for i in range(self.count)]
+
+    def _log_probs(self, logits: Tensor) -> Tensor:
+        logp: Tensor = logits.float().log_softmax(-1)
+        return logp
+
+    def _full(self, delta: Tensor | None, cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache | None]:
+        """The plain way: everything, with the vector added by a hook. Logits at the needed positions."""
+        with ExitStack() as stack:
+            at = stack.enter_context(head_at(self.lm, self.at_rows, self.at_columns))
+            if delta is not None:
+                stack.enter_context(self._adding(delta, self.prefix))
+            out = self.lm.run(self.ids, self.mask, position_ids=self.positions, past=cache, use_cache=cache is not None)
+        return at.logits(logits_of(out)), cache
+
+    def _adding(self, delta: Tensor, column: int) -> ExitStack:
+        lm = self.lm
+        module = lm.mlp_out(self.layer).module if self.settings.place == "mlp" else lm.blocks[self.layer]
+        stack = ExitStack()
+        stack.enter_context(add_at(module, torch.full((len(self.rows),), column), delta[self.owner]))
+        return stack
+
+    def _short_way(
+        self, cache: DynamicCache | None, above: Cut, own: Cut, expected: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        """The fastest way that agrees with the full pass: from above the block, from the block itself, or in full."""
+        zero = torch.zeros(self.count, self.lm.width, device=self.lm.device)
+        for cut, inject in ((above, True), (own, False)) if cache is not None else ():
+            if cut.output is None and cut.first:
+                continue
+            if inject and self.settings.place == "mlp" and not self._adds_up(above):
+                continue
+            suffix = _Suffix(self, cut, cache, inject)
+            try:
+                with torch.no_grad():
+                    found = suffix(zero)
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+                log.debug("The suffix of %s cannot be run alone: %s", self.lm.name, error)
+                continue
+            scale = expected.float().abs().max()
+            bound = 1e-4 if expected.dtype == torch.float32 else 3e-2
+            if (found.float() - expected.float()).abs().max() <= bound * scale:
+                return suffix
+        if self.settings.suffix_only:
+            log.info("%s is run in full in every step of the value optimisation.", self.lm.name)
+        return lambda delta: self._full(delta)[0]
+
+    def _adds_up(self, above: Cut) -> bool:
+        """Whether what is added to the MLP's output arrives unchanged at the block's output (no norm in between)."""
+        probe = torch.randn(self.lm.width, generator=torch.Generator().manual_seed(0)).to(self.lm.device)
+        probe = probe * above.states.float().norm(dim=-1).max() / probe.norm()
+        module = self.lm.mlp_out(self.layer).module
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            moved = stack.enter_context(capture(self.lm.blocks[self.layer]))
+            stack.enter_context(add_at(module, torch.tensor([self.prefix]), probe))
+            stack.enter_context(stop_after(self.lm.blocks[self.layer]))
+            self.lm.run(self.ids[:1], self.mask[:1], position_ids=self.positions[:1])
+        change = (moved[0].float() - above.states[:1].float())[0, self.prefix]
+        tolerance = 1e-4 if above.states.dtype == torch.float32 else 3e-2
+        return bool((change - probe).abs().max() <= tolerance * probe.abs().max())
+
+
+class _Suffix:
+    """Logits from the blocks above a cut, on the tokens from the subject's last one on."""
+
+    def __init__(self, problem: _Problem, cut: Cut, cache: DynamicCache | None, inject: bool) -> None:
+        self.problem, self.inject = problem, inject
+        p = problem.prefix
+        kept = with_columns(cut, p) if cut.first else cut
+        self.cut = kept
+        layers: list[Any] = list(cache.layers) if cache and p else []
+        self.prefix = [(layer.keys[:, :, :p], layer.values[:, :, :p]) for layer in layers]
+
+    def __call__(self, delta: Tensor) -> Tensor:
+        problem, lm, p = self.problem, self.problem.lm, self.problem.prefix
+        with ExitStack() as stack:
+            states = self.cut.states if self.cut.first else None
+            if self.inject and states is not None:
+                first = states[:, :1] + delta[problem.owner][:, None].to(states)
+                states = torch.cat([first, states[:, 1:]], dim=1)
+            if states is not None:
+                stack.enter_context(resumed(lm, self.cut, states))
+            if not self.inject:
+                stack.enter_context(problem._adding(delta, 0))
+            at = stack.enter_context(head_at(lm, problem.at_rows, problem.at_columns - p))
+            out = lm.run(
+                problem.ids[:, p:],
+                problem.mask,
+                position_ids=problem.positions[:, p:],
+                past=_cache(self.prefix) if self.prefix else None,
+                use_cache=bool(self.prefix),
+            )
+        return at.logits(logits_of(out))
+
+
+def with_columns(cut: Cut, start: int) -> Cut:
+    """A cut with the columns from one on."""
+    return Cut(cut.first, with_hidden(cut.output, cut.states[:, start:].contiguous()))
+
+
+def _cache(prefix: list[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """A cache that holds keys and values of the prefix; built anew for each pass, because a pass appends to it."""
+    cache = DynamicCache()
+    for keys, states in prefix:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, states)
+        layer.keys, layer.values = keys, states
+        cache.layers.append(layer)
+    return cache

@@ -1,0 +1,539 @@
+"""`BaseEditor`: validate, measure, edit, measure, record.
+
+What comes back is what was edited. One request: the returned model carries the edit. Several requests that are not
+sequential: each is applied to the pristine model, measured and taken back; the returned model is pristine, a warning
+says so, and the edits are returned. Sequential: all edits stay.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from easyeditor.editors.arguments import Texts, requests_from_lists
+from easyeditor.editors.perform import apply_function, checked, make_edit, prepared, put_on, spec_of
+from easyeditor.editors.progress import tracked
+from easyeditor.edits.edit import Edit
+from easyeditor.edits.ledger import Ledger
+from easyeditor.errors import UnknownArgument, UsageError, did_you_mean
+from easyeditor.hparams import HyperParams, complete
+from easyeditor.lm.generate import answer
+from easyeditor.lm.model import LM, locate
+from easyeditor.metrics.quality import compare_locality, quality
+from easyeditor.requests import EditRequest
+
+log = logging.getLogger(__name__)
+
+Requests = Sequence[EditRequest | Mapping[str, Any]]
+Records = list[dict[str, Any]]
+OPTIONS = {
+    "edit": ("test_generation", "requests", "subject", "loc_prompts", "train_ds", "eval_metric", "pre_edit", "pre_file",
+             "metric_kwargs", "keep_original_weight"),
+    "batch_edit": ("test_generation", "subject", "loc_prompts", "keep_original_weight"),
+    "edit_requests": ("eval_metric", "pre_edit", "pre_file", "train_ds", "metric_kwargs", "keep_original_weight"),
+    "generate_edit": ("subject", "loc_prompts", "train_ds", "keep_original_weight"),
+}  # fmt: skip
+
+
+class BaseEditor:
+    """Edits a language model with one method and says what the edits are worth.
+
+    Args:
+        hparams: The settings of the method; ``model_name`` says which model.
+
+    Attributes:
+        hparams: The settings as they were given.
+        model: The transformers model; loaded when it is first needed.
+        tok: Its tokenizer.
+        lm: Both, as an `LM`.
+        model_name: Where the model comes from.
+        alg_name: The method.
+        apply_algo: ``apply_<method>_to_model`` of existing scripts.
+    """
+
+    def __init__(self, hparams: HyperParams) -> None:
+        if not isinstance(hparams, HyperParams):
+            raise UsageError(
+                f"BaseEditor takes settings, got a {type(hparams).__name__}. "
+                "Load them first: ROMEHyperParams.from_hparams('ROME/tinyfacts')."
+            )
+        self.hparams = hparams
+        self.spec = spec_of(hparams)
+        self.alg_name = hparams.alg_name
+        self.apply_algo = apply_function(self.spec)
+        self.model_name = hparams.model_name
+        if isinstance(self.model_name, str):
+            locate(self.model_name)
+        self._lm: LM | None = None
+        self._state: Mapping[str, Any] | None = None
+        self._full: HyperParams | None = None
+        self._left: list[str] = []
+
+    @classmethod
+    def from_hparams(cls, hparams: HyperParams) -> BaseEditor:
+        """An editor with these settings."""
+        return cls(hparams)
+
+    @property
+    def lm(self) -> LM:
+        """The model with its tokenizer; loaded when first asked for."""
+        if self._lm is None:
+            self._lm = self._load()
+            self._lm.text.chat = self.hparams.use_chat_template
+        return self._lm
+
+    @property
+    def model(self) -> Any:
+        """The transformers model, with the edits that are on it."""
+        return self.lm.model
+
+    @property
+    def tok(self) -> Any:
+        """The tokenizer."""
+        return self.lm.tokenizer
+
+    @property
+    def device(self) -> Any:
+        """Where the model is."""
+        return self.lm.device
+
+    def _load(self) -> LM:
+        hp = self.hparams
+        options: dict[str, Any] = {
+            "rewrite_module_tmp": getattr(hp, "rewrite_module_tmp", None),
+            "editable": self.spec.kind != "prompt",
+        }
+        if not isinstance(hp.model_name, str):
+            model, tokenizer = hp.model_name
+            return LM.wrap(model, tokenizer, **options)
+        dtype = hp.dtype or ("float16" if hp.fp16 else None)
+        device_map = "auto" if hp.model_parallel else None
+        return LM.load(hp.model_name, dtype=dtype, device=hp.device, device_map=device_map, **options)
+
+    def edit(
+        self,
+        prompts: str | Sequence[str],
+        target_new: str | Sequence[str],
+        ground_truth: Texts = None,
+        target_neg: Texts = None,
+        rephrase_prompts: Texts = None,
+        locality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+        portability_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Records, Any, list[Edit]]:
+        """Edit facts one after the other and measure each.
+
+        Args:
+            prompts: One text or a list; all other lists have its length.
+            target_new: The new answers.
+            ground_truth: The old answers, for the probability scores.
+            target_neg: Answers to move away from, for methods that use them.
+            rephrase_prompts: Other wordings.
+            locality_inputs: ``{name: {"prompt": list, "ground_truth": list}}``: what must not move.
+            portability_inputs: Likewise: what follows from the edit.
+            sequential_edit: Whether all edits stay on the model.
+            verbose: Whether to log each record.
+            **kwargs: ``subject`` and ``loc_prompts`` (lists), ``test_generation`` (also score fluency), ``requests``
+                (built beforehand, instead of the lists), ``pre_edit`` (measurements made before), ``pre_file`` (where
+                to write them), ``keep_original_weight=True`` (the same as ``sequential_edit=False``).
+
+        Returns:
+            One record per request (``pre``, ``post``, ``case_id``, ``requested_rewrite``, ``time``; sequential runs add
+            ``final``), the model, and the edits.
+
+        Raises:
+            UsageError: An argument is wrong; nothing has been loaded or changed.
+            UnknownArgument: A keyword is not one of these (a `TypeError`).
+            EditFailed: An edit did nothing or did damage; it has been taken back.
+        """
+        _known("edit", kwargs)
+        requests = kwargs.pop("requests", None)
+        lists = {name: kwargs.pop(name, None) for name in ("subject", "loc_prompts")}
+        if requests is None:
+            columns = (ground_truth, target_neg, rephrase_prompts, locality_inputs, portability_inputs)
+            requests = requests_from_lists(prompts, target_new, *columns, **lists)
+        return self.edit_requests(requests, sequential_edit, verbose, **kwargs)
+
+    def edit_requests(
+        self,
+        requests: Requests,
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        test_generation: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Records, Any, list[Edit]]:
+        """`edit` for requests that are already built, as `EditRequest` or as dicts.
+
+        Args:
+            requests: What to change.
+            sequential_edit: Whether all edits stay on the model.
+            verbose: Whether to log each record.
+            test_generation: Whether to score fluency too.
+            **kwargs: As in `edit`.
+
+        Returns:
+            As in `edit`.
+        """
+        _known("edit_requests", kwargs)
+        found = checked(requests, self.spec)
+        pre = _options(kwargs, sequential_edit)
+        edits: list[Edit] = []
+        stream = self.stream(found, sequential_edit, test_generation, pre=pre, edits=edits)
+        records = list(tracked(stream, len(found), self.alg_name))
+        if kwargs.get("pre_file"):
+            _write(Path(kwargs["pre_file"]), [{"pre": record["pre"]} for record in records])
+        for record in records if verbose else ():
+            log.info("%s: %s", record["case_id"], {key: record[key] for key in ("pre", "post")})
+        if len(records) > 1 and not sequential_edit:
+            log.warning(
+                "%d edits were each made on the pristine model and taken back: the returned model carries none of "
+                "them. The third value holds them; pass sequential_edit=True to keep all on the model.",
+                len(records),
+            )
+        return records, self.model, edits
+
+    def stream(
+        self,
+        requests: Requests,
+        sequential_edit: bool = False,
+        test_generation: bool = False,
+        *,
+        pre: Sequence[Mapping[str, Any]] | None = None,
+        edits: list[Edit] | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """The records of `edit_requests`, each as soon as it is known.
+
+        Args:
+            requests: What to change.
+            sequential_edit: Whether all edits stay on the model; then the records get ``final`` when all are done.
+            test_generation: Whether to score fluency too.
+            pre: Measurements made before, to be used instead of new ones.
+            edits: A list that the edits are added to.
+
+        Yields:
+            Records.
+        """
+        found = checked(requests, self.spec)
+        yield from self._chunks(found, 1, sequential_edit, test_generation, pre, edits if edits is not None else [])
+
+    def batch_edit(
+        self,
+        prompts: Sequence[str],
+        target_new: Sequence[str],
+        ground_truth: Texts = None,
+        target_neg: Texts = None,
+        rephrase_prompts: Texts = None,
+        locality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+        portability_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Records, Any, list[Edit]]:
+        """Edit facts in chunks of ``batch_size``, one edit per chunk.
+
+        Args:
+            prompts: As in `edit`, like all that follow.
+            target_new: The new answers.
+            ground_truth: The old answers.
+            target_neg: Answers to move away from.
+            rephrase_prompts: Other wordings.
+            locality_inputs: What must not move.
+            portability_inputs: What follows from the edits.
+            sequential_edit: Whether the edits of all chunks stay. A single chunk stays in any case.
+            verbose: Whether to log each record.
+            **kwargs: ``subject``, ``loc_prompts``, ``test_generation``, ``keep_original_weight``.
+
+        Returns:
+            As in `edit`; ``time`` is that of the chunk, and ``final`` is always there.
+
+        Raises:
+            UsageError: The method takes one request at a time, or an argument is wrong.
+        """
+        _known("batch_edit", kwargs)
+        self._batchable()
+        lists = {name: kwargs.pop(name, None) for name in ("subject", "loc_prompts")}
+        requests = checked(
+            requests_from_lists(
+                prompts,
+                target_new,
+                ground_truth,
+                target_neg,
+                rephrase_prompts,
+                locality_inputs,
+                portability_inputs,
+                **lists,
+            ),
+            self.spec,
+        )
+        _options(kwargs, sequential_edit)
+        edits: list[Edit] = []
+        size = max(self.hparams.batch_size, 1)
+        stream = self._chunks(requests, size, sequential_edit, kwargs.get("test_generation", False), None, edits, True)
+        records = list(tracked(stream, len(requests), self.alg_name))
+        for record in records if verbose else ():
+            log.info("%s: %s", record["case_id"], {key: record[key] for key in ("pre", "post")})
+        if len(edits) > 1 and not sequential_edit:
+            log.warning(
+                "%d chunks were each taken back: the returned model is pristine. See sequential_edit.", len(edits)
+            )
+        return records, self.model, edits
+
+    def normal_edit(
+        self, prompts: Sequence[str], target_new: Sequence[str], sequential_edit: bool = False, **kwargs: Any
+    ) -> tuple[None, Any, list[Edit]]:
+        """Edit all facts with one edit and measure nothing; the returned model carries it.
+
+        Args:
+            prompts: The prompts.
+            target_new: The new answers.
+            sequential_edit: Whether what earlier calls left on the model stays.
+            **kwargs: ``subject``, a list, for methods that need it.
+
+        Returns:
+            None, the model, and the edit in a list.
+        """
+        if unknown := set(kwargs) - {"subject"}:
+            raise _unknown("normal_edit", sorted(unknown)[0], ("subject",))
+        self._batchable()
+        requests = checked(requests_from_lists(prompts, target_new, subject=kwargs.get("subject")), self.spec)
+        self._begin(sequential_edit)
+        edit = self._make(requests)
+        self._left = [put_on(self.lm, edit, requests)]
+        return None, self.model, [edit]
+
+    def generate_edit(
+        self,
+        prompts: str | Sequence[str],
+        target_new: str | Sequence[str],
+        ground_truth: Texts = None,
+        target_neg: Texts = None,
+        rephrase_prompts: Texts = None,
+        locality_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+        portability_inputs: Mapping[str, Mapping[str, Any]] | None = None,
+        sequential_edit: bool = False,
+        verbose: bool = True,
+        **kwargs: Any,
+    ) -> tuple[Records, Any, list[Edit]]:
+        """`edit` with the generated texts in place of scores, through the chat template if the tokenizer has one.
+
+        Args:
+            prompts: As in `edit`, like all that follow.
+            target_new: The new answers.
+            ground_truth: The old answers.
+            target_neg: Answers to move away from.
+            rephrase_prompts: Other wordings.
+            locality_inputs: What must not move.
+            portability_inputs: What follows from the edits.
+            sequential_edit: Whether all edits stay on the model.
+            verbose: Whether to log each record.
+            **kwargs: ``subject``, ``loc_prompts``.
+
+        Returns:
+            Records with ``rewrite_ans``, ``rephrase_ans``, ``locality_ans`` and ``portability_ans`` in ``pre`` and
+            ``post``, and ``fluency`` in ``post``; the model; the edits.
+        """
+        _known("generate_edit", kwargs)
+        lists = {name: kwargs.pop(name, None) for name in ("subject", "loc_prompts")}
+        requests = requests_from_lists(
+            prompts,
+            target_new,
+            ground_truth,
+            target_neg,
+            rephrase_prompts,
+            locality_inputs,
+            portability_inputs,
+            **lists,
+        )
+        records, model, edits = self.edit_requests(requests, sequential_edit, False, test_generation=True)
+        for record in records:
+            for phase in ("pre", "post"):
+                record[phase] = _texts_only(record[phase], phase)
+            if verbose:
+                log.info("%s: %s", record["case_id"], record["post"])
+        return records, model, edits
+
+    def rollback(self, key: str | Edit) -> list[Edit]:
+        """Take edits back, whatever came after them.
+
+        Args:
+            key: The id of an edit, the edit, or the ``target_new`` of the edits to take back.
+
+        Returns:
+            The edits that were taken back.
+
+        Raises:
+            UsageError: No edit on the model has this id or answer.
+        """
+        ledger = Ledger.of(self.lm)
+        wanted = key.id if isinstance(key, Edit) else key
+        found = [e.id for e in ledger.active if e.id == wanted] or [e.id for e in ledger.active if wanted in e.targets]
+        if not found:
+            there = ", ".join(f"{e.id} ({'; '.join(e.facts)})" for e in ledger.active) or "none"
+            raise UsageError(f"No edit on the model has the id or the new answer '{wanted}'. Edits on it: {there}.")
+        self._left = [edit_id for edit_id in self._left if edit_id not in found]
+        return [ledger.undo(edit_id) for edit_id in found]
+
+    def apply(self, requests: Requests) -> list[Edit]:
+        """Edit facts and measure nothing; all edits stay on the model.
+
+        Args:
+            requests: What to change.
+
+        Returns:
+            One edit per request, or a single one from a method that takes several requests.
+        """
+        found = checked(requests, self.spec)
+        parts = [found] if self.spec.requests == "many" else [[request] for request in found]
+        edits = []
+        for part in tracked(parts, len(parts), self.alg_name):
+            edit = self._make(part)
+            put_on(self.lm, edit, part)
+            edits.append(edit)
+        return edits
+
+    def ask(self, prompts: str | Sequence[str]) -> list[str]:
+        """What the model answers now, freely and greedily, with the edits that are on it."""
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        return answer(self.lm, listed, self.hparams.max_new_tokens)
+
+    def _batchable(self) -> None:
+        if self.spec.requests != "many":
+            raise UsageError(
+                f"{self.spec.name} makes one edit per request. Use edit(..., sequential_edit=True) instead."
+            )
+
+    def _begin(self, sequential: bool) -> None:
+        """A call that is not sequential starts from what an earlier such call found."""
+        ledger = Ledger.of(self.lm)
+        if not sequential:
+            for edit_id in self._left:
+                ledger.undo(edit_id)
+        self._left = []
+
+    def _make(self, requests: Sequence[EditRequest]) -> Edit:
+        if self._full is None or self._full.given != self.hparams.given | self._full.given:
+            self._full = complete(self.hparams, self.lm)
+            self._state = prepared(self.lm, self.spec, self._full)
+        return make_edit(self.lm, self.spec, requests, self._full, self._state or {})
+
+    def _measure(self, requests: Sequence[EditRequest], test_generation: bool = False) -> Records:
+        hp = self.hparams
+        return quality(
+            self.lm, requests, max_new_tokens=hp.max_new_tokens, test_generation=test_generation, seed=hp.seed
+        )
+
+    def _chunks(
+        self,
+        requests: list[EditRequest],
+        size: int,
+        sequential: bool,
+        test_generation: bool,
+        pre: Sequence[Mapping[str, Any]] | None,
+        edits: list[Edit],
+        final: bool = False,
+    ) -> Iterator[dict[str, Any]]:
+        self._begin(sequential)
+        before = [dict(scores) for scores in pre] if pre else self._measure(requests, test_generation)
+        chunks = [range(i, min(i + size, len(requests))) for i in range(0, len(requests), size)]
+        records: Records = []
+        for chunk in chunks:
+            part = [requests[i] for i in chunk]
+            start = time.perf_counter()
+            edit = self._make(part)
+            edit_id = put_on(self.lm, edit, part)
+            seconds = time.perf_counter() - start
+            edits.append(edit)
+            try:
+                after = self._measure(part, test_generation)
+                for i, scores in zip(chunk, after, strict=True):
+                    compare_locality(self.lm, before[i], scores)
+                    records.append(self._record(i, requests[i], before[i], scores, seconds, edit))
+            finally:
+                if len(chunks) > 1 and not sequential:
+                    Ledger.of(self.lm).undo(edit_id)
+                elif not sequential:
+                    self._left.append(edit_id)
+            yield from records[chunk.start : chunk.stop]
+        if sequential or final:
+            self._finish(requests, before, records, edits, test_generation)
+
+    def _finish(
+        self, requests: list[EditRequest], before: Records, records: Records, edits: list[Edit], test_generation: bool
+    ) -> None:
+        """Measure all requests on the model that is returned."""
+        for i, scores in enumerate(self._measure(requests, test_generation)):
+            compare_locality(self.lm, before[i], scores)
+            records[i]["final"] = scores
+
+    def _record(
+        self,
+        index: int,
+        request: EditRequest,
+        before: Mapping[str, Any],
+        after: Mapping[str, Any],
+        seconds: float,
+        edit: Edit,
+    ) -> dict[str, Any]:
+        return {
+            "pre": before,
+            "case_id": index if request.case_id is None else request.case_id,
+            "requested_rewrite": request.to_dict(),
+            "post": after,
+            "time": seconds,
+            "edit_id": edit.id,
+        }
+
+
+def _known(call: str, kwargs: Mapping[str, Any]) -> None:
+    for name in kwargs:
+        if name not in OPTIONS[call]:
+            raise _unknown(call, name, OPTIONS[call])
+
+
+def _unknown(call: str, name: str, known: Sequence[str]) -> UnknownArgument:
+    return UnknownArgument(f"{call}() has no argument '{name}'. {did_you_mean(name, known)}")
+
+
+def _options(kwargs: Mapping[str, Any], sequential: bool) -> Sequence[Mapping[str, Any]] | None:
+    """Check what existing scripts pass besides, and return the measurements made before, if any."""
+    if kwargs.get("keep_original_weight") and sequential:
+        raise UsageError("keep_original_weight=True and sequential_edit=True contradict each other. Pass one of them.")
+    if kwargs.get("train_ds") is not None:
+        raise UsageError("train_ds holds demonstrations for IKE, and this method uses none. Leave it out.")
+    if kwargs.get("metric_kwargs") is not None:
+        raise UsageError(
+            "metric_kwargs belongs to the ConvSent scores, which this version does not have. Leave it out."
+        )
+    metric = kwargs.get("eval_metric")
+    if metric not in (None, "exact match", "token_em", "token em"):
+        raise UsageError(f"eval_metric is '{metric}'. This version scores 'exact match' and 'token_em'; leave it out.")
+    pre = kwargs.get("pre_edit")
+    return [entry.get("pre", entry) for entry in pre] if pre else None
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _texts_only(scores: Mapping[str, Any], phase: str) -> dict[str, Any]:
+    out = {
+        f"{name}_ans": scores[f"{name}_gen_content"]
+        for name in ("rewrite", "rephrase")
+        if f"{name}_gen_content" in scores
+    }
+    for group in ("locality", "portability"):
+        texts = [text for key, found in scores[group].items() if key.endswith("_gen_content") for text in found]
+        if texts:
+            out[f"{group}_ans"] = texts
+    if phase == "post" and "fluency" in scores:
+        out["fluency"] = scores["fluency"]
+    return out

@@ -1,0 +1,184 @@
+"""Carrying out a method: complete settings, prepare state, make the edit, mark it with its origin, check it."""
+
+from __future__ import annotations
+
+import copy as copying
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from easyeditor.core.likelihood import answer_logits, answers
+from easyeditor.edits.edit import Edit, PromptEdit, WeightEdit
+from easyeditor.edits.ledger import Ledger, fingerprints
+from easyeditor.errors import EditDidNothing, NonFinite, UnknownArgument, UsageError, did_you_mean
+from easyeditor.hparams import HyperParams, complete
+from easyeditor.lm.model import LM
+from easyeditor.registry import MethodSpec, get_method
+from easyeditor.requests import EditRequest
+
+
+def checked(requests: Sequence[EditRequest | Mapping[str, Any]], spec: MethodSpec) -> list[EditRequest]:
+    """Requests, validated for a method.
+
+    Args:
+        requests: Requests, or dicts in the layout of existing scripts.
+        spec: The method.
+
+    Raises:
+        UsageError: There is none, or one is wrong; the message names record, field and remedy.
+    """
+    found = [
+        request if isinstance(request, EditRequest) else EditRequest.from_dict(request, f"Record {i}")
+        for i, request in enumerate(requests)
+    ]
+    if not found:
+        raise UsageError("There is nothing to edit: the list of requests is empty. Give at least one.")
+    for request in found:
+        request.require(spec.needs, spec.name)
+    return found
+
+
+def prepared(lm: LM, spec: MethodSpec, hparams: HyperParams, corpus: Any = None) -> Mapping[str, Any]:
+    """What a method needs once per model, computed on the model as it is without any edit.
+
+    Args:
+        lm: The model.
+        spec: The method.
+        hparams: Complete settings.
+        corpus: Text, for methods that take statistics; None: what the settings name.
+    """
+    if spec.prepare is None:
+        return {}
+    with Ledger.of(lm).suspended():
+        return dict(spec.prepare(lm, hparams, corpus))
+
+
+def make_edit(
+    lm: LM, spec: MethodSpec, requests: Sequence[EditRequest], hparams: HyperParams, state: Mapping[str, Any]
+) -> Edit:
+    """Let a method make an edit, and mark it with its origin. The model is left as it was.
+
+    Args:
+        lm: The model with the edits that are on it.
+        spec: The method.
+        requests: What to change.
+        hparams: Complete settings.
+        state: What `prepared` returned.
+    """
+    edit: Edit = spec.run(lm, requests, hparams, state, Ledger.of(lm).active)
+    return dataclasses.replace(
+        edit,
+        method=spec.name,
+        settings=hparams.to_dict(),
+        requests=tuple(request.to_dict() for request in requests),
+        model=lm.name,
+        fingerprints=fingerprints(lm, edit),
+        seed=hparams.seed,
+    )
+
+
+def put_on(lm: LM, edit: Edit, requests: Sequence[EditRequest]) -> str:
+    """Apply an edit, and take it back at once if it does nothing or does damage.
+
+    Args:
+        lm: The model.
+        edit: The edit.
+        requests: What it is for; the model is run on them.
+
+    Returns:
+        The edit's id.
+
+    Raises:
+        EditDidNothing: Not one value changed.
+        NonFinite: Weights or logits are no longer finite numbers.
+    """
+    ledger = Ledger.of(lm)
+    weights = {name: lm.model.get_parameter(name) for name in edit.deltas} if isinstance(edit, WeightEdit) else {}
+    before: Mapping[str, Tensor] = {name: weight.detach().clone() for name, weight in weights.items()}
+    logits = None if weights or isinstance(edit, PromptEdit) else _logits(lm, requests)
+    edit_id = ledger.apply(edit)
+    try:
+        after = _logits(lm, requests)
+        if not torch.isfinite(after).all():
+            raise NonFinite(
+                f"After the edit of '{requests[0].prompt}' the logits are not finite numbers; it was taken back. "
+                "Lower the learning rate or the clamp, or use a wider dtype."
+            )
+        same = all(torch.equal(weight, before[name]) for name, weight in weights.items()) if weights else False
+        if same or (logits is not None and torch.equal(logits, after)):
+            raise EditDidNothing(
+                f"{edit.method or 'The edit'} changed nothing for '{requests[0].prompt}' -> "
+                f"'{requests[0].target_new}'. Try more steps, a larger learning rate or a wider dtype; "
+                "or the model gives this answer already."
+            )
+    except BaseException:
+        ledger.undo(edit_id)
+        raise
+    return edit_id
+
+
+@torch.no_grad()
+def _logits(lm: LM, requests: Sequence[EditRequest]) -> Tensor:
+    return answer_logits(lm, answers(lm, [(lm.rewrite(r.prompt), r.target_new) for r in requests[:8]]))
+
+
+def apply_function(spec: MethodSpec) -> Callable[..., tuple[Any, Any]]:
+    """The function ``apply_<method>_to_model`` of existing scripts, for any method.
+
+    Args:
+        spec: The method.
+
+    Returns:
+        ``apply(model, tok, requests, hparams, copy=False, return_orig_weights=False, keep_original_weight=False)``,
+        which returns the edited model and the touched weights as they were (``{name: tensor}``); for a method that
+        changes no weight, a function that takes the edit back.
+    """
+
+    def apply(
+        model: Any,
+        tok: Any,
+        requests: Sequence[EditRequest | Mapping[str, Any]] | Mapping[str, Any],
+        hparams: HyperParams,
+        copy: bool = False,
+        return_orig_weights: bool = False,
+        keep_original_weight: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        if unknown := set(kwargs) - {"train_ds", "num_instruct", "cache_template"}:
+            name = sorted(unknown)[0]
+            known = ("copy", "return_orig_weights", "keep_original_weight", "train_ds")
+            raise UnknownArgument(f"apply of {spec.name}: unknown argument '{name}'. {did_you_mean(name, known)}")
+        listed = [requests] if isinstance(requests, EditRequest | Mapping) else list(requests)
+        found = checked(listed, spec)
+        lm = LM.wrap(
+            copying.deepcopy(model) if copy else model,
+            tok,
+            rewrite_module_tmp=getattr(hparams, "rewrite_module_tmp", None),
+            editable=spec.kind != "prompt",
+        )
+        lm.text.chat = hparams.use_chat_template
+        full = complete(hparams, lm)
+        state = prepared(lm, spec, full)
+        ledger = Ledger.of(lm)
+        parts = [found] if spec.requests == "many" else [[request] for request in found]
+        for part in parts:
+            put_on(lm, make_edit(lm, spec, part, full, state), part)
+        if spec.kind == "prompt":
+            return lm.model, ledger.active
+        if spec.kind == "weights":
+            names = {name for edit in ledger.active if isinstance(edit, WeightEdit) for name in edit.deltas}
+            kept = {name: ledger.base(name).clone() for name in names}
+            return lm.model, kept if return_orig_weights or keep_original_weight else {}
+        return lm.model, ledger.reset
+
+    apply.__name__ = f"apply_{spec.name.lower()}_to_model"
+    apply.__doc__ = f"Edit a model with {spec.name}; see `easyeditor.editors.perform.apply_function`."
+    return apply
+
+
+def spec_of(hparams: HyperParams) -> MethodSpec:
+    """The method that settings belong to."""
+    return get_method(hparams.alg_name)

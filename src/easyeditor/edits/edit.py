@@ -1,0 +1,317 @@
+"""The four kinds of `Edit`. An edit is a value: it can be compared, added, scaled, saved, applied and taken back.
+
+`WeightEdit` changes weights, `ModuleEdit` puts something around modules, `PromptEdit` rewrites the prompt before it is
+encoded, `DecodingEdit` changes the logits before a token is chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from easyeditor.edits.delta import Delta, plus
+from easyeditor.errors import UsageError
+
+E = TypeVar("E", bound="Edit")
+
+
+class Stateful(Protocol):
+    """What a wrapper around a module and a decoding rule have in common: a state that can be saved."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state."""
+
+    def config(self) -> dict[str, Any]:
+        """The rest of the state, in a form that JSON can hold."""
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Any:
+        """The object whose `tensors` and `config` these are."""
+
+
+class Wrapper(Stateful, Protocol):
+    """What a `ModuleEdit` puts around a module."""
+
+    @classmethod
+    def combined(cls, wrappers: list[Any]) -> Any:
+        """One function (module input, module output) -> output for all wrappers on a module, oldest first."""
+
+
+class Rule(Stateful, Protocol):
+    """What a `DecodingEdit` does to the logits."""
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """New logits, from the tokens so far (rows, length) and the logits (rows, vocab)."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Edit:
+    """What all edits know of themselves.
+
+    Args:
+        method: The method that made it.
+        settings: Its settings.
+        requests: The requests it answers, as dicts.
+        model: The name of the model it was made on.
+        fingerprints: Weight name -> hash of the untouched weight that the edit was made for.
+        seed: The seed of whatever was drawn.
+        scores: What was measured of it, if anything was.
+        notes: What the method says of how it went, such as steps and losses, or the context templates it used.
+    """
+
+    kind: ClassVar[str] = "edit"
+
+    method: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    requests: tuple[Mapping[str, Any], ...] = ()
+    model: str = ""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the edit, by path."""
+        return {}
+
+    def config(self) -> dict[str, Any]:
+        """What else there is to save, in a form that JSON can hold."""
+        return {}
+
+    @property
+    def id(self) -> str:
+        """A short name made from the content: equal edits have equal ids."""
+        digest = hashlib.sha256(json.dumps([self.kind, self.config()], sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(name.encode())
+            digest.update(tensor_bytes(tensor))
+        digest.update(json.dumps([self.method, self.facts], default=str).encode())
+        return digest.hexdigest()[:12]
+
+    @property
+    def facts(self) -> list[str]:
+        """What it changes, as text: prompt and new answer."""
+        return [f"{request['prompt']} -> {request['target_new']}" for request in self.requests]
+
+    @property
+    def targets(self) -> list[str]:
+        """The new answers."""
+        return [str(request["target_new"]) for request in self.requests]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other does the same: same kind, same tensors, same rest."""
+        if not isinstance(other, Edit) or self.kind != other.kind or self.config() != other.config():
+            return False
+        mine, theirs = self.tensors(), other.tensors()
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def _both(self: E, other: E, **content: Any) -> E:
+        same = self.method == other.method
+        return dataclasses.replace(
+            self,
+            method=self.method if same else f"{self.method}+{other.method}",
+            settings=self.settings if same else {},
+            requests=(*self.requests, *other.requests),
+            fingerprints={**self.fingerprints, **other.fingerprints},
+            scores={},
+            notes={},
+            **content,
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class WeightEdit(Edit):
+    """A change of weights.
+
+    Args:
+        deltas: Weight name -> its change, as (d_out, d_in).
+        keys: Weight name -> the keys it was solved from, (d_in, n).
+        residuals: Weight name -> what the change adds at these keys, (d_out, n).
+    """
+
+    kind: ClassVar[str] = "weights"
+
+    deltas: Mapping[str, Delta]
+    keys: Mapping[str, Tensor] = field(default_factory=dict)
+    residuals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Deltas, keys and residuals by path."""
+        found = {
+            f"delta/{name}/{part}": tensor
+            for name, delta in self.deltas.items()
+            for part, tensor in delta.tensors().items()
+        }
+        found |= {f"key/{name}": tensor for name, tensor in self.keys.items()}
+        return found | {f"residual/{name}": tensor for name, tensor in self.residuals.items()}
+
+    def __add__(self, other: WeightEdit) -> WeightEdit:
+        """Both changes as one edit."""
+        if not isinstance(other, WeightEdit):
+            return NotImplemented
+        deltas = dict(self.deltas)
+        for name, delta in other.deltas.items():
+            deltas[name] = plus(deltas[name], delta) if name in deltas else delta
+        return self._both(
+            other,
+            deltas=deltas,
+            keys=_side_by_side(self.keys, other.keys),
+            residuals=_side_by_side(self.residuals, other.residuals),
+        )
+
+    def __mul__(self, factor: float) -> WeightEdit:
+        """The change times a number."""
+        return dataclasses.replace(
+            self,
+            deltas={name: delta.scaled(factor) for name, delta in self.deltas.items()},
+            residuals={name: residual * factor for name, residual in self.residuals.items()},
+        )
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> WeightEdit:
+        """The opposite change."""
+        return self * -1.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModuleEdit(Edit):
+    """Wrappers around modules, with their state.
+
+    Args:
+        wrappers: Module path -> what is put around it.
+    """
+
+    kind: ClassVar[str] = "module"
+
+    wrappers: Mapping[str, Wrapper]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state of each wrapper by path."""
+        return {
+            f"wrapper/{name}/{part}": tensor
+            for name, wrapper in self.wrappers.items()
+            for part, tensor in wrapper.tensors().items()
+        }
+
+    def config(self) -> dict[str, Any]:
+        """The settings of each wrapper by path."""
+        return {name: wrapper.config() for name, wrapper in self.wrappers.items()}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PromptEdit(Edit):
+    """New facts that are put in front of a prompt before it is encoded.
+
+    Args:
+        context: The prompt and the new answer of each fact.
+        fact_format: One fact, with ``{prompt}`` and ``{target}``.
+        prompt_format: The question after the facts, with ``{prompt}``.
+    """
+
+    kind: ClassVar[str] = "prompt"
+
+    context: tuple[tuple[str, str], ...]
+    fact_format: str = "New Fact: {prompt} {target}\n"
+    prompt_format: str = "Prompt: {prompt}"
+
+    def config(self) -> dict[str, Any]:
+        """The facts and their formats."""
+        return {
+            "context": [list(fact) for fact in self.context],
+            "fact_format": self.fact_format,
+            "prompt_format": self.prompt_format,
+        }
+
+    def __call__(self, prompt: str) -> str:
+        """The prompt with the facts in front of it."""
+        facts = (
+            self.fact_format.replace("{target}", target).replace("{prompt}", asked) for asked, target in self.context
+        )
+        return "".join(facts) + self.prompt_format.replace("{prompt}", prompt)
+
+    def __add__(self, other: PromptEdit) -> PromptEdit:
+        """The facts of both, in order."""
+        if not isinstance(other, PromptEdit):
+            return NotImplemented
+        if (self.fact_format, self.prompt_format) != (other.fact_format, other.prompt_format):
+            raise UsageError("Two prompt edits with different formats cannot be added. Make both with one format.")
+        return self._both(other, context=(*self.context, *other.context))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DecodingEdit(Edit):
+    """A rule that changes the logits before a token is chosen.
+
+    Args:
+        rule: The rule.
+    """
+
+    kind: ClassVar[str] = "decoding"
+
+    rule: Rule
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the rule."""
+        return {f"rule/{name}": tensor for name, tensor in self.rule.tensors().items()}
+
+    def config(self) -> dict[str, Any]:
+        """The settings of the rule."""
+        return self.rule.config()
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    """The simplest decoding rule: raise or lower the logits of some tokens.
+
+    Args:
+        tokens: (n,), int64.
+        bias: What is added to their logits, (n,).
+    """
+
+    tokens: Tensor
+    bias: Tensor
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """Add the bias to (rows, vocab)."""
+        return logits.index_add(1, self.tokens.to(logits.device), self.bias.to(logits).expand(len(logits), -1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tokens and bias."""
+        return {"tokens": self.tokens, "bias": self.bias}
+
+    def config(self) -> dict[str, Any]:
+        """Nothing else."""
+        return {}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LogitBias:
+        """From `tensors`."""
+        return cls(tensors["tokens"], tensors["bias"])
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """Everything that makes a tensor what it is: dtype, shape and content."""
+    flat = tensor.detach().cpu().contiguous()
+    head = f"{flat.dtype}{tuple(flat.shape)}".encode()
+    return head + flat.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def fingerprint(weight: Tensor) -> str:
+    """A hash of a weight, to tell whether an edit belongs on it."""
+    return hashlib.sha256(tensor_bytes(weight)).hexdigest()[:16]
+
+
+def _side_by_side(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    shared = {name: torch.cat([a[name], b[name].to(a[name])], dim=1) for name in a if name in b}
+    return {**a, **b, **shared}

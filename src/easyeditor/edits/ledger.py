@@ -1,0 +1,254 @@
+"""Which edits are on a model, in which order.
+
+The untouched tensor of each touched weight is kept once, and the weight is always rebuilt as base plus the sum of the
+active changes: taking an edit back is exact in any order and any precision, which subtracting it would not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from easyeditor.edits.delta import Delta
+from easyeditor.edits.edit import DecodingEdit, Edit, ModuleEdit, PromptEdit, WeightEdit, fingerprint
+from easyeditor.errors import NonFinite, UsageError, WrongBase
+from easyeditor.lm.hooks import hidden, with_hidden
+from easyeditor.lm.model import LM
+
+
+class Ledger:
+    """The edits that are on a model. There is one per model: get it with `Ledger.of`."""
+
+    def __init__(self, lm: LM) -> None:
+        self._lm = lm
+        self._active: dict[str, Edit] = {}
+        self._bases: dict[str, Tensor] = {}
+        self._handles: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, lm: LM) -> Ledger:
+        """The ledger of a model."""
+        if lm.ledger is None:
+            lm.ledger = cls(lm)
+        assert isinstance(lm.ledger, Ledger)
+        return lm.ledger
+
+    @property
+    def active(self) -> list[Edit]:
+        """The edits that are on the model, oldest first."""
+        return list(self._active.values())
+
+    def apply(self, edit: Edit, force: bool = False) -> str:
+        """Put an edit on the model.
+
+        Args:
+            edit: The edit.
+            force: Whether to apply it although it was made for other weights.
+
+        Returns:
+            Its id, for `undo`.
+
+        Raises:
+            UsageError: It is already there, or it names a weight or module that the model does not have.
+            WrongBase: It was made for other weights.
+            NonFinite: It would leave numbers that are not finite; the model is as before.
+        """
+        if edit.id in self._active:
+            raise UsageError(
+                f"The edit {edit.id} is already on {self._lm.name}. Take it back first: undo('{edit.id}')."
+            )
+        if not force:
+            self._check_base(edit)
+        self._check_places(edit)
+        self._active[edit.id] = edit
+        try:
+            self._refresh(edit)
+            self._check_finite(edit)
+        except BaseException:
+            del self._active[edit.id]
+            self._refresh(edit)
+            raise
+        return edit.id
+
+    def undo(self, edit_id: str) -> Edit:
+        """Take an edit back, whatever came after it.
+
+        Args:
+            edit_id: What `apply` returned.
+
+        Returns:
+            The edit.
+
+        Raises:
+            UsageError: No such edit is on the model.
+        """
+        if edit_id not in self._active:
+            there = ", ".join(self._active) or "none"
+            raise UsageError(f"The edit '{edit_id}' is not on {self._lm.name}. Edits on it: {there}.")
+        edit = self._active.pop(edit_id)
+        self._refresh(edit)
+        return edit
+
+    def reset(self) -> list[Edit]:
+        """Take all edits back.
+
+        Returns:
+            The edits, oldest first.
+        """
+        return [self.undo(edit_id) for edit_id in list(self._active)]
+
+    def base(self, name: str) -> Tensor:
+        """A weight as it was before any edit."""
+        return self._bases[name] if name in self._bases else self._lm.model.get_parameter(name).detach()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """A context in which the model is as it was before any edit."""
+        edits = self.reset()
+        try:
+            yield
+        finally:
+            for edit in edits:
+                self.apply(edit, force=True)
+
+    def _refresh(self, edit: Edit) -> None:
+        if isinstance(edit, WeightEdit):
+            for name in edit.deltas:
+                self._rebuild(name)
+        elif isinstance(edit, ModuleEdit):
+            for name in edit.wrappers:
+                self._rewrap(name)
+        elif isinstance(edit, PromptEdit):
+            prompts = [e for e in self.active if isinstance(e, PromptEdit)]
+            self._lm.rewriters[:] = [reduce(lambda a, b: a + b, prompts)] if prompts else []
+        elif isinstance(edit, DecodingEdit):
+            self._lm.processors[:] = [e.rule for e in self.active if isinstance(e, DecodingEdit)]
+
+    @torch.no_grad()
+    def _rebuild(self, name: str) -> None:
+        """W = base + sum of the active changes of this weight, in fp32 or the weight's own higher precision."""
+        weight = self._lm.model.get_parameter(name)
+        deltas = [e.deltas[name] for e in self.active if isinstance(e, WeightEdit) and name in e.deltas]
+        if not deltas:
+            if name in self._bases:
+                weight.copy_(self._bases.pop(name))
+            return
+        base = self._bases.setdefault(name, weight.detach().clone())
+        weight.copy_(summed(base, deltas, self._transposed(name)))
+
+    def _transposed(self, name: str) -> bool:
+        return isinstance(self._lm.model.get_submodule(name.rpartition(".")[0]), Conv1D)
+
+    def _rewrap(self, name: str) -> None:
+        if name in self._handles:
+            self._handles.pop(name).remove()
+        wrappers = [e.wrappers[name] for e in self.active if isinstance(e, ModuleEdit) and name in e.wrappers]
+        if not wrappers:
+            return
+        kinds: dict[type, list[Any]] = {}
+        for wrapper in wrappers:
+            kinds.setdefault(type(wrapper), []).append(wrapper)
+        changes = [kind.combined(found) for kind, found in kinds.items()]  # type: ignore[attr-defined]
+        module = self._lm.model.get_submodule(name)
+        self._handles[name] = module.register_forward_hook(_hook(changes), with_kwargs=True)
+
+    def _check_base(self, edit: Edit) -> None:
+        for name, expected in edit.fingerprints.items():
+            try:
+                found = fingerprint(self.base(name))
+            except AttributeError:
+                raise _no_such(name, self._lm) from None
+            if found != expected:
+                raise WrongBase(
+                    f"The edit {edit.id} was made on '{edit.model}', whose weight '{name}' has fingerprint {expected}; "
+                    f"that of '{self._lm.name}' has {found}. Load the model it was made for, or pass force=True "
+                    "(--force) to apply it all the same."
+                )
+
+    def _check_places(self, edit: Edit) -> None:
+        for name, delta in edit.deltas.items() if isinstance(edit, WeightEdit) else ():
+            try:
+                weight = self._lm.model.get_parameter(name)
+            except AttributeError:
+                raise _no_such(name, self._lm) from None
+            shape = tuple(weight.T.shape if self._transposed(name) else weight.shape)
+            if not weight.is_floating_point():
+                raise UsageError(
+                    f"'{name}' of {self._lm.name} is quantised ({weight.dtype}), and a change cannot be added to it. "
+                    "Apply the edit to the full-precision checkpoint: it belongs there as well."
+                )
+            if shape != delta.shape:
+                raise WrongBase(
+                    f"The edit {edit.id} changes '{name}' as {delta.shape}, but there it is {shape}. "
+                    "Load the model the edit was made for."
+                )
+        for name in edit.wrappers if isinstance(edit, ModuleEdit) else ():
+            self._lm.site(name)
+
+    def _check_finite(self, edit: Edit) -> None:
+        for name in edit.deltas if isinstance(edit, WeightEdit) else ():
+            weight = self._lm.model.get_parameter(name)
+            if not torch.isfinite(weight).all():
+                raise NonFinite(
+                    f"The edit {edit.id} leaves values in '{name}' that are not finite numbers; it was taken back. "
+                    "Lower the learning rate or the clamp, or use a wider dtype."
+                )
+
+
+@contextmanager
+def applied(lm: LM, edit: Edit) -> Iterator[LM]:
+    """A context in which an edit is on a model; after it the model is as before, bit for bit, also on an error."""
+    ledger = Ledger.of(lm)
+    edit_id = ledger.apply(edit, force=True)
+    try:
+        yield lm
+    finally:
+        ledger.undo(edit_id)
+
+
+def summed(base: Tensor, deltas: list[Delta], transposed: bool) -> Tensor:
+    """A weight with changes added, in the weight's dtype and orientation.
+
+    Args:
+        base: The untouched weight as its module stores it.
+        deltas: Changes as (d_out, d_in).
+        transposed: Whether the module stores (d_in, d_out).
+
+    Returns:
+        The new weight, rounded once at the end.
+    """
+    total = base.to(torch.promote_types(base.dtype, torch.float32), copy=True)
+    matrix = total.T if transposed else total
+    for delta in deltas:
+        delta.add_to(matrix)
+    return total.to(base.dtype)
+
+
+def fingerprints(lm: LM, edit: Edit) -> Mapping[str, str]:
+    """The fingerprints of the untouched weights that an edit touches."""
+    ledger = Ledger.of(lm)
+    names = list(edit.deltas) if isinstance(edit, WeightEdit) else []
+    names += [f"{name}.weight" for name in edit.wrappers] if isinstance(edit, ModuleEdit) else []
+    return {name: fingerprint(ledger.base(name)) for name in names}
+
+
+def _hook(changes: list[Callable[[Tensor, Tensor], Tensor]]) -> Callable[..., Any]:
+    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        states = hidden(output)
+        for change in changes:
+            states = change(hidden(args if args else kwargs), states)
+        return with_hidden(output, states)
+
+    return after
+
+
+def _no_such(name: str, lm: LM) -> WrongBase:
+    return WrongBase(
+        f"The edit changes '{name}', and {lm.name} has no such weight. Load the model that the edit was made for."
+    )
