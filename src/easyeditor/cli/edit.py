@@ -116,7 +116,7 @@ def _print(outcome: Outcome, requests: Sequence[EditRequest], model: str, save: 
         console.print("Nothing was saved; add --save DIR to keep the change.")
         return
     question = shlex.quote(requests[0].prompt)
-    ask = f"easyedit ask {question} --model {shlex.quote(model)}"
+    ask = f"easyedit ask {question}" + ("" if model == "tinyfacts" else f" --model {shlex.quote(model)}")
     console.print(f"Saved in '{save}'; the model's own files are untouched.", markup=False)
     console.print(f"  with the change:     {ask} --edits {shlex.quote(str(save))}", markup=False, soft_wrap=True)
     console.print(f"  taken back:          {ask}", markup=False, soft_wrap=True)
