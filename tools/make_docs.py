@@ -125,7 +125,14 @@ def preset_table(name: str) -> str:
 def method_table(specs: list[MethodSpec], base: str) -> str:
     kinds = {"weights": "weights", "module": "modules", "prompt": "the prompt", "decoding": "decoding"}
     rows = [
-        (f"[{s.name}]({base}{slug(s)}.md)", kinds[s.kind], s.requests, ", ".join(s.needs), s.summary) for s in specs
+        (
+            f"[{s.name}]({base}{slug(s)}.md)",
+            kinds[s.kind],
+            s.requests,
+            ", ".join(s.needs),
+            s.summary.removeprefix(f"{s.name}: "),
+        )
+        for s in specs
     ]
     return markdown(("method", "changes", "facts per edit", "needs", "paper"), rows) + "\n"
 

@@ -34,7 +34,9 @@ def methods(
     if as_json:
         emit([_brief(spec) for spec in specs])
         return
-    rows = [(s.name, s.kind, s.requests, ", ".join(s.needs) or None, s.summary) for s in specs]
+    rows = [
+        (s.name, s.kind, s.requests, ", ".join(s.needs) or None, s.summary.removeprefix(f"{s.name}: ")) for s in specs
+    ]
     out().print(table("", ("method", "changes", "facts per edit", "needs", "what it is"), rows))
 
 
