@@ -24,6 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	@$(VENV)/bin/easyedit demo
+	@echo; echo "The command is in $(VENV): . $(VENV)/bin/activate"
 
 test: setup
 	$(PY) -m pytest
