@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from easyeditor.core.prompts import fact_row
-from easyeditor.lm.hooks import capture, stop_after
+from easyeditor.lm.hooks import by_row, capture, stop_after
 from easyeditor.lm.model import LM
 from easyeditor.lm.structure import Site
 from easyeditor.lm.text import pad
@@ -41,7 +41,7 @@ def keys(lm: LM, request: EditRequest, sites: Sequence[Site], contexts: Sequence
     finally:
         for _, context in captures:
             context.__exit__(None, None, None)
-    return {site.weight_name: states[0].reshape(len(rows), -1, site.d_in)[at].float() for site, states in seen}
+    return {site.weight_name: by_row(states[0], len(rows), lm.sequence_first)[at].float() for site, states in seen}
 
 
 def mean_key(lm: LM, request: EditRequest, site: Site, contexts: Sequence[str]) -> Tensor:

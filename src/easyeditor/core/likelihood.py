@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from easyeditor.lm.generate import logits_of
-from easyeditor.lm.model import LM
+from easyeditor.lm.model import LM, logits_of
 from easyeditor.lm.resume import head_at
 from easyeditor.lm.text import pad
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from easyeditor.edits.edit import tensor_bytes
 from easyeditor.errors import DamagedFile, UsageError
-from easyeditor.lm.hooks import capture, stop_after
+from easyeditor.lm.hooks import by_row, capture, stop_after
 from easyeditor.lm.model import LM
 from easyeditor.lm.structure import Site
 from easyeditor.lm.text import pad
@@ -125,8 +125,8 @@ def _collect(
             seen = {site.weight_name: stack.enter_context(capture(site.module, "input")) for site in sites}
             lm.run(ids, mask)
         for site in sites:
-            states = seen[site.weight_name][0].reshape(-1, site.d_in)
-            kept = states[mask.reshape(-1).bool().to(states.device)].float()
+            states = by_row(seen[site.weight_name][0], len(ids), lm.sequence_first)
+            kept = states[mask.bool().to(states.device)].float()
             sums[site.weight_name] += (kept.T @ kept).double().cpu()
     return {name: Moment((total / count).float(), count) for name, total in sums.items()}
 

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ from transformers.cache_utils import DynamicLayer
 from easyeditor.core.learn import descend
 from easyeditor.core.prompts import Row, essence_row, fact_row
 from easyeditor.errors import UsageError
-from easyeditor.lm.generate import logits_of
-from easyeditor.lm.hooks import add_at, capture, stop_after, with_hidden
-from easyeditor.lm.model import LM
+from easyeditor.lm.hooks import add_at, by_row, capture, stop_after
+from easyeditor.lm.model import LM, logits_of
 from easyeditor.lm.resume import Cut, cut_at, head_at, resumed
 from easyeditor.requests import EditRequest
 
 log = logging.getLogger(__name__)
+
+CANNOT = (RuntimeError, TypeError, ValueError, AttributeError, IndexError)  # how a model says that it lacks a way
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,10 @@ def values(
 
 
 class _Problem:
-    """The rows of all facts, aligned so that the subject's last token stands in one column."""
+    """The rows of all facts, aligned so that the subject's last token stands in one column.
+
+    A model that padding on the left would move gets rows that begin in one column instead.
+    """
 
     def __init__(
         self, lm: LM, requests: Sequence[EditRequest], layer: int, contexts: Sequence[str], settings: ValueSettings
@@ -120,31 +125,33 @@ class _Problem:
         self._aim(len(contexts), device)
 
     def _align(self, device: torch.device) -> None:
-        """Rows padded left up to the subject's last token and right after the last token that is needed."""
+        """Rows padded left up to the subject's last token, if that is allowed, and right after the last one needed."""
         inputs = [
             row.ids[: len(row.ids) - 1] if row.first < len(row.ids) else row.ids[: row.subject + 1] for row in self.rows
         ]
-        self.prefix = max(row.subject for row in self.rows)
-        length = self.prefix + max(len(ids) - row.subject for ids, row in zip(inputs, self.rows, strict=True))
+        last = max(row.subject for row in self.rows)
+        self.starts = [last - row.subject if self.lm.pads_left else 0 for row in self.rows]
+        self.prefix = min(start + row.subject for start, row in zip(self.starts, self.rows, strict=True))
+        self.columns = torch.tensor([start + row.subject for start, row in zip(self.starts, self.rows, strict=True)])
+        length = max(start + len(ids) for start, ids in zip(self.starts, inputs, strict=True))
         self.ids = torch.full((len(inputs), length), self.lm.text.pad_id)
         self.mask = torch.zeros((len(inputs), length), dtype=torch.long)
-        for i, (ids, row) in enumerate(zip(inputs, self.rows, strict=True)):
-            start = self.prefix - row.subject
+        for i, (ids, start) in enumerate(zip(inputs, self.starts, strict=True)):
             self.ids[i, start : start + len(ids)] = torch.tensor(ids)
             self.mask[i, start : start + len(ids)] = 1
-        self.ids, self.mask = self.ids.to(device), self.mask.to(device)
+        self.ids, self.mask, self.columns = self.ids.to(device), self.mask.to(device), self.columns.to(device)
         self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
 
     def _aim(self, per_fact: int, device: torch.device) -> None:
         """Which logits are needed: before each target token, and at the subject's last token of the essence rows."""
         at: list[tuple[int, int, int, float]] = []
         for i, row in enumerate(self.rows[: self.count * per_fact]):
-            start = self.prefix - row.subject
             labels = row.ids[row.first :]
             weight = 1.0 / (len(labels) * per_fact)
-            at += [(i, start + row.first - 1 + j, label, weight) for j, label in enumerate(labels)]
+            at += [(i, self.starts[i] + row.first - 1 + j, label, weight) for j, label in enumerate(labels)]
         self.targets = len(at)
-        essence = [(self.count * per_fact + i, self.prefix) for i in range(self.count)]
+        essences = range(self.count * per_fact, len(self.rows))
+        essence = [(i, self.starts[i] + self.rows[i].subject) for i in essences]
         self.at_rows = torch.tensor([a[0] for a in at] + [e[0] for e in essence], device=device)
         self.at_columns = torch.tensor([a[1] for a in at] + [e[1] for e in essence], device=device)
         self.labels = torch.tensor([a[2] for a in at], device=device)  # (targets,)
@@ -159,13 +166,13 @@ class _Problem:
             cut_at(lm, self.layer + 1) as above,
             cut_at(lm, self.layer) as own,
         ):
-            cache = DynamicCache() if settings.suffix_only and "past_key_values" in lm.accepts else None
-            logits, cache = self._full(None, cache)
-        before = outputs[0].reshape(len(self.rows), -1, lm.width)[self.bare, self.prefix].float()  # (facts, width)
+            logits, cache = self._recorded()
+        states = by_row(outputs[-1], len(self.rows), lm.sequence_first)
+        before = states[self.bare, self.columns[self.bare]].float()  # (facts, width)
         kl_before = self._log_probs(logits)[self.targets :]
         forward = self._short_way(cache, above, own, logits)
         delta = torch.zeros_like(before)
-        size = before.norm(dim=1)
+        size: Tensor = before.norm(dim=1)
 
         def losses() -> Tensor:
             logp = self._log_probs(forward(delta))
@@ -174,7 +181,7 @@ class _Problem:
             nll = torch.zeros(self.count, device=logp.device).index_add(0, owner, -gold * self.weights)
             now = logp[self.targets :]
             kl = (now.exp() * (now - kl_before)).sum(-1)  # KL(p_now || p_before), (facts,)
-            decay = delta.norm(dim=1) / size**2
+            decay: Tensor = delta.norm(dim=1) / size**2
             return nll + settings.kl_factor * kl + settings.weight_decay * decay.to(logp.device)
 
         def clamp() -> None:
@@ -190,37 +197,51 @@ class _Problem:
         logp: Tensor = logits.float().log_softmax(-1)
         return logp
 
+    def _recorded(self) -> tuple[Tensor, DynamicCache | None]:
+        """The full pass as the model is, with the keys and values of all tokens if it keeps them in a known way."""
+        if self.settings.suffix_only and "past_key_values" in self.lm.accepts:
+            try:
+                return self._full(None, DynamicCache())
+            except CANNOT as error:
+                log.debug("%s cannot fill a plain cache: %s", self.lm.name, error)
+        return self._full(None)
+
     def _full(self, delta: Tensor | None, cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache | None]:
         """The plain way: everything, with the vector added by a hook. Logits at the needed positions."""
         with ExitStack() as stack:
             at = stack.enter_context(head_at(self.lm, self.at_rows, self.at_columns))
             if delta is not None:
-                stack.enter_context(self._adding(delta, self.prefix))
+                stack.enter_context(self._adding(delta))
             out = self.lm.run(self.ids, self.mask, position_ids=self.positions, past=cache, use_cache=cache is not None)
         return at.logits(logits_of(out)), cache
 
-    def _adding(self, delta: Tensor, column: int) -> ExitStack:
+    def _adding(self, delta: Tensor, start: int = 0) -> ExitStack:
+        """A context in which the vectors are added, in a pass over the columns from ``start`` on."""
         lm = self.lm
         module = lm.mlp_out(self.layer).module if self.settings.place == "mlp" else lm.blocks[self.layer]
         stack = ExitStack()
-        stack.enter_context(add_at(module, torch.full((len(self.rows),), column), delta[self.owner]))
+        stack.enter_context(add_at(module, self.columns - start, delta[self.owner], lm.sequence_first))
         return stack
 
     def _short_way(
         self, cache: DynamicCache | None, above: Cut, own: Cut, expected: Tensor
     ) -> Callable[[Tensor], Tensor]:
-        """The fastest way that agrees with the full pass: from above the block, from the block itself, or in full."""
+        """The fastest way that agrees with the full pass.
+
+        From above the block or from the block itself, on the tokens from the subject on or on all; or else in full.
+        """
         zero = torch.zeros(self.count, self.lm.width, device=self.lm.device)
-        for cut, inject in ((above, True), (own, False)) if cache is not None else ():
+        past = [cache, None] if cache is not None else [None]
+        for kept, (cut, inject) in product(past, ((above, True), (own, False)) if self.settings.suffix_only else ()):
             if cut.output is None and cut.first:
                 continue
             if inject and self.settings.place == "mlp" and not self._adds_up(above):
                 continue
-            suffix = _Suffix(self, cut, cache, inject)
             try:
+                suffix = _Suffix(self, cut, kept, inject)
                 with torch.no_grad():
                     found = suffix(zero)
-            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            except CANNOT as error:
                 log.debug("The suffix of %s cannot be run alone: %s", self.lm.name, error)
                 continue
             scale = expected.float().abs().max()
@@ -239,50 +260,52 @@ class _Problem:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             moved = stack.enter_context(capture(self.lm.blocks[self.layer]))
-            stack.enter_context(add_at(module, torch.tensor([self.prefix]), probe))
+            stack.enter_context(add_at(module, self.columns[:1], probe, self.lm.sequence_first))
             stack.enter_context(stop_after(self.lm.blocks[self.layer]))
             self.lm.run(self.ids[:1], self.mask[:1], position_ids=self.positions[:1])
-        change = (moved[0].float() - above.states[:1].float())[0, self.prefix]
+        change = (by_row(moved[0], 1, self.lm.sequence_first) - above.states[:1]).float()[0, self.columns[0]]
         tolerance = 1e-4 if above.states.dtype == torch.float32 else 3e-2
         return bool((change - probe).abs().max() <= tolerance * probe.abs().max())
 
 
 class _Suffix:
-    """Logits from the blocks above a cut, on the tokens from the subject's last one on."""
+    """Logits from the blocks above a cut, on the tokens from the subject's last one on if there is a cache."""
 
     def __init__(self, problem: _Problem, cut: Cut, cache: DynamicCache | None, inject: bool) -> None:
         self.problem, self.inject = problem, inject
-        p = problem.prefix
-        kept = with_columns(cut, p) if cut.first else cut
-        self.cut = kept
-        layers: list[Any] = list(cache.layers) if cache and p else []
+        layers: list[Any] = list(cache.layers) if cache is not None else []
+        p = self.start = problem.prefix if layers else 0
+        self.cut = with_columns(cut, p) if cut.first else cut
         self.prefix = [(layer.keys[:, :, :p], layer.values[:, :, :p]) for layer in layers]
 
     def __call__(self, delta: Tensor) -> Tensor:
-        problem, lm, p = self.problem, self.problem.lm, self.problem.prefix
+        problem, lm, p = self.problem, self.problem.lm, self.start
         with ExitStack() as stack:
             states = self.cut.states if self.cut.first else None
             if self.inject and states is not None:
-                first = states[:, :1] + delta[problem.owner][:, None].to(states)
-                states = torch.cat([first, states[:, 1:]], dim=1)
+                states = states.index_put(
+                    (torch.arange(len(states), device=states.device), (problem.columns - p).to(states.device)),
+                    delta[problem.owner].to(states),
+                    accumulate=True,
+                )
             if states is not None:
                 stack.enter_context(resumed(lm, self.cut, states))
             if not self.inject:
-                stack.enter_context(problem._adding(delta, 0))
+                stack.enter_context(problem._adding(delta, p))
             at = stack.enter_context(head_at(lm, problem.at_rows, problem.at_columns - p))
             out = lm.run(
                 problem.ids[:, p:],
                 problem.mask,
                 position_ids=problem.positions[:, p:],
-                past=_cache(self.prefix) if self.prefix else None,
-                use_cache=bool(self.prefix),
+                past=_cache(self.prefix) if p else None,
+                use_cache=p > 0,
             )
         return at.logits(logits_of(out))
 
 
 def with_columns(cut: Cut, start: int) -> Cut:
     """A cut with the columns from one on."""
-    return Cut(cut.first, with_hidden(cut.output, cut.states[:, start:].contiguous()))
+    return Cut(cut.first, cut.carrying(cut.states[:, start:].contiguous()), cut.sequence_first)
 
 
 def _cache(prefix: list[tuple[Tensor, Tensor]]) -> DynamicCache:

@@ -156,7 +156,7 @@ class Ledger:
             kinds.setdefault(type(wrapper), []).append(wrapper)
         changes = [kind.combined(found) for kind, found in kinds.items()]  # type: ignore[attr-defined]
         module = self._lm.model.get_submodule(name)
-        self._handles[name] = module.register_forward_hook(_hook(changes), with_kwargs=True)
+        self._handles[name] = module.register_forward_hook(_hook(changes, self._lm.sequence_first), with_kwargs=True)
 
     def _check_base(self, edit: Edit) -> None:
         for name, expected in edit.fingerprints.items():
@@ -238,12 +238,17 @@ def fingerprints(lm: LM, edit: Edit) -> Mapping[str, str]:
     return {name: fingerprint(ledger.base(name)) for name in names}
 
 
-def _hook(changes: list[Callable[[Tensor, Tensor], Tensor]]) -> Callable[..., Any]:
+def _hook(changes: list[Callable[[Tensor, Tensor], Tensor]], sequence_first: bool) -> Callable[..., Any]:
+    """What puts changes in place; they see rows before positions, however the model lays its states out."""
+
+    def turned(states: Tensor) -> Tensor:
+        return states.transpose(0, 1) if sequence_first and states.dim() == 3 else states
+
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        states = hidden(output)
+        taken, states = turned(hidden(args if args else kwargs)), turned(hidden(output))
         for change in changes:
-            states = change(hidden(args if args else kwargs), states)
-        return with_hidden(output, states)
+            states = change(taken, states)
+        return with_hidden(output, turned(states))
 
     return after
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from easyeditor.lm.model import LM
+from easyeditor.lm.model import LM, logits_of
 from easyeditor.lm.text import pad
 
 Choose = Callable[[Tensor], Tensor]  # (rows, vocab) -> (rows,)
@@ -89,10 +89,10 @@ def continuations(
 
 
 def _batches(lm: LM, order: list[int], rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Neighbours in length; a model that takes no mask gets rows of one length only."""
+    """Neighbours in length; a model that is moved by padding gets rows of one length only."""
     batch: list[int] = []
     for i in order:
-        uneven = "attention_mask" not in lm.accepts and batch and len(rows[batch[-1]]) != len(rows[i])
+        uneven = batch and len(rows[batch[-1]]) != len(rows[i]) and not lm.pads_left
         if batch and (len(batch) == max(batch_size, 1) or uneven):
             yield batch
             batch = []
@@ -165,11 +165,3 @@ class _Seq2SeqStep:
 
     def append(self, tokens: Tensor) -> None:
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output, (rows, length, vocab)."""
-    logits = getattr(output, "logits", None)
-    found = logits if logits is not None else output[0]
-    assert isinstance(found, Tensor)
-    return found

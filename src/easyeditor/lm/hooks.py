@@ -95,22 +95,37 @@ def replace(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[N
         handle.remove()
 
 
+def by_row(states: Tensor, rows: int, sequence_first: bool = False) -> Tensor:
+    """Hidden states as (rows, length, width), however a model lays them out.
+
+    Args:
+        states: (rows, length, width), flattened to (rows * length, width), or (length, rows, width).
+        rows: The number of rows.
+        sequence_first: Whether positions come before rows; the numbers alone cannot tell.
+    """
+    if sequence_first:
+        return states.reshape(-1, rows, states.shape[-1]).transpose(0, 1)
+    return states.reshape(rows, -1, states.shape[-1])
+
+
 @contextmanager
-def add_at(module: nn.Module, positions: Tensor, delta: Tensor) -> Iterator[None]:
+def add_at(module: nn.Module, positions: Tensor, delta: Tensor, sequence_first: bool = False) -> Iterator[None]:
     """Add vectors to what a module returns, at one position of each row.
 
     Args:
-        module: The module; its output may be (rows, length, width) or flattened to (rows * length, width).
+        module: The module; its output is laid out in any of the ways of `by_row`.
         positions: One position per row, (rows,).
         delta: What to add, (width,) or (rows, width); gradients flow into it.
+        sequence_first: See `by_row`.
     """
 
     def change(states: Tensor) -> Tensor:
         rows = len(positions)
-        shaped = states.reshape(rows, -1, states.shape[-1]).clone()
+        changed = states.clone()
+        shaped = by_row(changed, rows, sequence_first)
         index = torch.arange(rows, device=states.device), positions.to(states.device)
         shaped[index] = shaped[index] + delta.to(states)
-        return shaped.reshape(states.shape)
+        return shaped.transpose(0, 1).reshape(states.shape) if sequence_first else shaped.reshape(states.shape)
 
     with replace(module, change):
         yield

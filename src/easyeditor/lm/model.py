@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ class LM:
         blocks: Its transformer blocks (the decoder's, for an encoder-decoder model).
         stack: Their module path.
         width: The width of the residual stream.
+        sequence_first: Whether its blocks see (length, rows, width), as ChatGLM's do.
         rewriters: Functions on the prompt that prompt edits have put in place.
         processors: Functions on the logits that decoding edits have put in place.
     """
@@ -52,6 +54,7 @@ class LM:
         with torch.no_grad():
             structure = discover(model, lambda: self.run(four_tokens(self.vocab, self.device)))
         self.blocks, self.stack, self.width = structure.blocks, structure.stack, structure.width
+        self.sequence_first = structure.sequence_first
         self._mlp_out, self._attn_out = structure.mlp_out, structure.attn_out
         if self.template is not None:
             self._mlp_out = [self.site(self.template.format(i)).name for i in range(len(self.blocks))]
@@ -270,6 +273,18 @@ class LM:
             given["use_cache"] = use_cache
         return self.model(input_ids=input_ids, **given)
 
+    @cached_property
+    def pads_left(self) -> bool:
+        """Whether left padding changes nothing: a model may ignore the mask, or count positions from the pads."""
+        ids = four_tokens(self.vocab, self.device)[:1]
+        padded = torch.cat([torch.full_like(ids[:, :2], self.text.pad_id), ids], dim=1)
+        mask = (torch.arange(padded.shape[1], device=ids.device) >= 2).long()[None]
+        with torch.no_grad():
+            plain = logits_of(self.run(ids, torch.ones_like(ids)))[0, -1].float()
+            shifted = logits_of(self.run(padded, mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)))[0, -1].float()
+        bound = 1e-3 if self.dtype == torch.float32 else 5e-2
+        return bool((plain - shifted).abs().max() <= bound * plain.abs().max())
+
     @property
     def decoder_start(self) -> int:
         """The token that a decoder of its own begins with."""
@@ -327,6 +342,14 @@ class LM:
         finally:
             for p, flag in flags:
                 p.requires_grad_(flag)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output, (rows, length, vocab)."""
+    logits = getattr(output, "logits", None)
+    found = logits if logits is not None else output if isinstance(output, Tensor) else output[0]
+    assert isinstance(found, Tensor)
+    return found
 
 
 def locate(name_or_path: str | Path) -> str:

@@ -25,21 +25,28 @@ class Cut:
     Args:
         first: The first block above it; with 0 nothing lies below.
         output: What the block below returned, once recorded.
+        sequence_first: Whether that is (length, rows, width).
     """
 
     first: int
     output: Any = None
+    sequence_first: bool = False
 
     @property
     def states(self) -> Tensor:
         """The hidden states that pass through the cut, (rows, length, width)."""
-        return hidden(self.output)
+        states = hidden(self.output)
+        return states.transpose(0, 1) if self.sequence_first else states
+
+    def carrying(self, states: Tensor) -> Any:
+        """What the block below would return with other hidden states in it, given as (rows, length, width)."""
+        return with_hidden(self.output, states.transpose(0, 1).contiguous() if self.sequence_first else states)
 
 
 @contextmanager
 def cut_at(lm: LM, first: int) -> Iterator[Cut]:
     """Record what passes from the block below ``first`` upwards during one forward pass."""
-    cut = Cut(first)
+    cut = Cut(first, sequence_first=lm.sequence_first)
 
     def keep(_: nn.Module, __: Any, output: Any) -> None:
         cut.output = with_hidden(output, hidden(output).detach().clone())
@@ -63,7 +70,7 @@ def resumed(lm: LM, cut: Cut, states: Tensor) -> Iterator[None]:
         cut: The recorded place.
         states: The hidden states to go on with, (rows, length, width).
     """
-    result = with_hidden(cut.output, states) if cut.first else None
+    result = cut.carrying(states) if cut.first else None
     with ExitStack() as stack:
         for block in lm.blocks[: cut.first]:
             stack.enter_context(instead_of(block, lambda *_, **__: result))
@@ -125,7 +132,7 @@ def head_at(lm: LM, rows: Tensor, columns: Tensor) -> Iterator[HeadAt]:
 
     find = getattr(lm.model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    if head is None:
+    if head is None or lm.sequence_first:  # the head of such a model may see either layout
         yield at
         return
     handle = head.register_forward_pre_hook(pick)

@@ -1,8 +1,9 @@
 """Finding the parts of a model by what they do, not by what they are called.
 
 Blocks are the largest top-level `ModuleList`. The projection that a method writes to is the one Linear or Conv1D of a
-block, outside attention and routed experts, whose output is as wide as the residual stream. One forward pass of four
-tokens says how wide that is, in which order modules run, and whether what was found is really used.
+block, outside attention and routed experts, whose output is as wide as the residual stream. One forward pass of twice
+four tokens says how wide that is, in which order modules run, whether what was found is really used, and whether hidden
+states are laid out row by row or position by position.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Structure:
     mlp_out: list[str]  # module path of each block's projection; empty if there is none
     attn_out: list[str]  # likewise for attention; empty if it could not be told
     candidates: dict[str, tuple[int, int]] = field(default_factory=dict)  # of block 0, with (d_in, d_out)
+    sequence_first: bool = False  # whether hidden states are (length, rows, width)
 
 
 def blocks_of(model: nn.Module, root: nn.Module | None = None) -> tuple[str, list[nn.Module]]:
@@ -115,7 +117,7 @@ def discover(model: nn.Module, forward: Any) -> Structure:
 
     Args:
         model: The model.
-        forward: Runs the model on four tokens.
+        forward: Runs the model on two rows of four tokens.
 
     Returns:
         What was found; `Structure.mlp_out` is empty if no dense projection writes to the residual stream.
@@ -124,9 +126,9 @@ def discover(model: nn.Module, forward: Any) -> Structure:
         NotEditable: The model has no blocks, or its blocks are not run in a forward pass.
     """
     stack, blocks = blocks_of(model)
-    widths: list[int] = []
+    shapes: list[tuple[int, ...]] = []
     calls: list[tuple[str, int]] = []
-    handles = [_on_input(block, widths) for block in blocks]
+    handles = [_on_input(block, shapes) for block in blocks]
     for i, block in enumerate(blocks):
         for name, module in _linears(block).items():
             handles.append(_on_call(module, f"{stack}.{i}.{name}", calls))
@@ -135,6 +137,7 @@ def discover(model: nn.Module, forward: Any) -> Structure:
     finally:
         for handle in handles:
             handle.remove()
+    widths = [shape[-1] for shape in shapes]
     if len(widths) != len(blocks) or len(set(widths)) != 1:
         raise NotEditable(
             f"The {len(blocks)} blocks '{stack}' were run {len(widths)} times with widths {sorted(set(widths))}. "
@@ -150,6 +153,7 @@ def discover(model: nn.Module, forward: Any) -> Structure:
         _per_block(stack, len(blocks), lambda i: _projection(model, stack, i, ran)),
         _per_block(stack, len(blocks), lambda i: _attention(stack, i, ran)),
         {name: _shape(module) for name, module in inner.items()},
+        shapes[0][:2] == (4, 2),
     )
 
 
@@ -160,11 +164,11 @@ def refusal(structure: Structure, model: nn.Module) -> NotEditable:
     seen = ", ".join(f"{name} ({a} -> {b})" for name, (a, b) in shapes.items()) or "no Linear layer"
     shared = [name for name, (_, b) in shapes.items() if b == width and not _is_attention(name)]
     example = f"{structure.stack}.{{}}.{shared[0] if shared else 'mlp.down_proj'}"
-    choice = f"Pass rewrite_module_tmp='{example}' to name the projection yourself"
+    choice = f"Pass rewrite_module_tmp='{example}' to name the projection yourself, or"
     return NotEditable(
         f"{type(model).__name__} cannot be edited as it is. Seen in block 0 of '{structure.stack}': {seen}. Expected: "
         f"exactly one dense projection back to the residual width {width}, outside attention and experts. "
-        f"{choice if shared else 'It has none, as a mixture of experts'}; or use a dense model, or a method that "
+        f"{choice if shared else 'It has none, as a mixture of experts:'} use a dense model, or a method that "
         "changes no weight."
     )
 
@@ -211,9 +215,9 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return site.d_in, site.d_out
 
 
-def _on_input(block: nn.Module, widths: list[int]) -> Any:
+def _on_input(block: nn.Module, shapes: list[tuple[int, ...]]) -> Any:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        widths.append(hidden(args if args else kwargs).shape[-1])
+        shapes.append(tuple(hidden(args if args else kwargs).shape))
 
     return block.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -226,5 +230,5 @@ def _on_call(module: nn.Module, name: str, calls: list[tuple[str, int]]) -> Any:
 
 
 def four_tokens(vocab: int, device: torch.device) -> Tensor:
-    """Some valid tokens to run a model on, (1, 4)."""
-    return (torch.arange(1, 5, device=device) % max(vocab, 1)).unsqueeze(0)
+    """Some valid tokens to run a model on, twice four, so that rows and positions can be told apart: (2, 4)."""
+    return (torch.arange(1, 5, device=device) % max(vocab, 1)).repeat(2, 1)
