@@ -94,6 +94,20 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", GATED, "model.layers.{}.mlp.down_proj", "Linear"),
     "glm4": ("Glm4ForCausalLM", "Glm4Config", GATED, "model.layers.{}.mlp.down_proj", "Linear"),
     "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", GATED, "model.layers.{}.mlp.c_proj", "Linear"),
+    "qwen3_5": (
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        {
+            **GATED,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        "model.layers.{}.mlp.down_proj",
+        "Linear",
+    ),
     "t5": (
         "T5ForConditionalGeneration",
         "T5Config",

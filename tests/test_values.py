@@ -115,9 +115,9 @@ def test_other_families(family: str, caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("family", ["baichuan", "chatglm", "bare"])
+@pytest.mark.parametrize("family", ["baichuan", "chatglm", "bare", "qwen3_5"])
 def test_remote_code(family: str, layer: int, place: str) -> None:
-    """Caches of their own kind, positions before rows, no mask: whichever way is taken, the result is the same."""
+    """Caches of their own kind, positions before rows, no mask, recurrence: whichever way is taken, the result holds."""
     same(*both(build(family), layer, place), tolerance=1e-4)
 
 

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from easyeditor.errors import MissingExtra, NotEditable, UsageError
 from easyeditor.lm.structure import Site, discover, four_tokens, refusal
@@ -51,6 +53,11 @@ class LM:
         self.processors: list[Callable[[Tensor, Tensor], Tensor]] = []
         self.ledger: Any = None  # the `Ledger` of this model, once there is one
         self.template = site.removesuffix(".weight") if site else None
+        if away := next((name for name, p in model.named_parameters() if p.is_meta), None):
+            raise NotEditable(
+                f"{name} is loaded in part only: '{away}' is kept elsewhere until it is needed, so it cannot "
+                "be changed. Expected all weights on a device. Load it with device='cpu', or over more devices."
+            )
         with torch.no_grad():
             structure = discover(model, lambda: self.run(four_tokens(self.vocab, self.device)))
         self.blocks, self.stack, self.width = structure.blocks, structure.stack, structure.width
@@ -142,7 +149,7 @@ class LM:
             model = auto.from_pretrained(path, **options)
         except ImportError as error:
             raise MissingExtra(f"'{name_or_path}' cannot be loaded here: {_first_line(error)}") from error
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UsageError(
                 f"'{name_or_path}' cannot be loaded as a language model: {_first_line(error)} Expected a folder with "
                 "config.json, tokenizer and weights, the id of a model that can be fetched, or 'tinyfacts'."
@@ -216,13 +223,15 @@ class LM:
             module = self.model.get_submodule(name)
         except AttributeError:
             near = [
-                n for n, m in self.model.named_modules() if n.endswith(name.split(".")[-1]) and hasattr(m, "weight")
+                n
+                for n, m in self.model.named_modules()
+                if n.endswith(name.split(".")[-1]) and isinstance(m, nn.Linear | Conv1D)
             ]
             raise UsageError(
                 f"{self.name} has no module '{name}'. Pass a module path such as '{near[0] if near else 'lm_head'}', "
                 "or leave the setting out and it is found."
             ) from None
-        if not hasattr(module, "weight"):
+        if not isinstance(module, nn.Linear | Conv1D):
             raise UsageError(f"'{name}' of {self.name} is a {type(module).__name__}; expected a Linear or Conv1D.")
         return Site(name, module)
 
@@ -397,7 +406,7 @@ def _dtype(dtype: str | torch.dtype | None) -> Any:
         return dtype or "auto"
     short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
     found = getattr(torch, short.get(dtype, dtype), None)
-    if dtype != "auto" and not isinstance(found, torch.dtype):
+    if dtype != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise UsageError(f"Unknown dtype '{dtype}'. Pass float32, bfloat16 or float16, or leave it out.")
     return found or "auto"
 
