@@ -47,12 +47,34 @@ def fact_row(lm: LM, request: EditRequest, context: str = PLAIN, target: str | N
     if request.subject is None:
         raise UsageError(f"{request.record}, field 'subject': it is missing. Name the entity that the prompt is about.")
     rendered = lm.text.render(context.replace(PLAIN, request.prompt))
-    span = subject_span(rendered, request.subject)
+    span = span_inside(rendered, request.prompt, request.subject)
     if target is None:
         encoded = lm.text.encode(rendered)
         return Row(encoded.ids, lm.text.last_in(encoded, *span), len(encoded.ids))
     encoded, first = lm.text.encode_pair(rendered, target)
     return Row(encoded.ids, lm.text.last_in(encoded, *span), first)
+
+
+def span_inside(rendered: str, prompt: str, subject: str) -> tuple[int, int]:
+    """Where the subject of a prompt stands in the rendered prompt: not in what a template writes around it.
+
+    Args:
+        rendered: The prompt in its context, through the chat template.
+        prompt: The prompt alone.
+        subject: The subject.
+
+    Returns:
+        Start and end in characters, end exclusive.
+
+    Raises:
+        UsageError: The subject does not occur.
+    """
+    core = prompt.strip()  # templates do strip
+    start = rendered.rfind(core)
+    if start < 0 or subject not in core:
+        return subject_span(rendered, subject)
+    first, last = subject_span(core, subject)
+    return start + first, start + last
 
 
 def essence_row(lm: LM, request: EditRequest) -> Row:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -77,21 +78,31 @@ class Text:
         return str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
     def encode(self, text: str) -> Encoded:
-        """Tokenise a text, with exactly one beginning-of-sequence token if the tokenizer adds or the text has one."""
-        bos = getattr(self.tokenizer, "bos_token", None)
-        special = not (bos and text.startswith(bos))
-        if not getattr(self.tokenizer, "is_fast", False):
-            return Encoded(text, self._trim(self.tokenizer(text, add_special_tokens=special)["input_ids"], None), None)
-        out = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        """Tokenise a text, with exactly one beginning if the tokenizer adds one, or the text has one, or both."""
+        fast = {"return_offsets_mapping": True} if getattr(self.tokenizer, "is_fast", False) else {}
+        out = self.tokenizer(text, **fast)
+        n = len(self._lead)
+        if n and tuple(out["input_ids"][n : 2 * n]) == self._lead:
+            out = self.tokenizer(text, add_special_tokens=False, **fast)
+        if not fast:
+            return Encoded(text, self._trim(out["input_ids"], None), None)
         spans = [(int(a), int(b)) for a, b in out["offset_mapping"]]
         ids = self._trim(out["input_ids"], spans)
         return Encoded(text, ids, tuple(spans[: len(ids)]))
 
+    @cached_property
+    def _lead(self) -> tuple[int, ...]:
+        """The tokens that the tokenizer puts in front of every text, such as the beginning of a sequence."""
+        added, plain = (self.tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (True, False))
+        start = next((i for i in range(len(added)) if added[i : i + len(plain)] == plain), 0)
+        return tuple(added[:start])
+
     def _trim(self, ids: Sequence[int], spans: Sequence[tuple[int, int]] | None) -> tuple[int, ...]:
-        """Drop an end-of-sequence token that the tokenizer appended: a prompt is not over."""
+        """Drop an end that the tokenizer appended: a prompt is not over."""
         kept = list(ids)
         appended = spans is None or spans[-1:] == [(0, 0)]
-        if not self.seq2seq and appended and len(kept) > 1 and kept[-1] in self.eos_ids:
+        ends = self.eos_ids | {getattr(self.tokenizer, "sep_token_id", None)}
+        if not self.seq2seq and appended and len(kept) > 1 and kept[-1] in ends:
             kept.pop()
         return tuple(kept)
 
