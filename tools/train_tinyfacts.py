@@ -3,7 +3,7 @@
 The run is seeded and resumable: every few minutes the state is written to ``OUT/checkpoint.pt`` and a usable model
 folder to ``OUT`` (or to ``--preview``). Example::
 
-    python tools/train_tinyfacts.py --out build/tinyfacts --steps 6000 --threads 1
+    python tools/train_tinyfacts.py --out build/tinyfacts --steps 9200 --threads 1
 
 Three choices make the small model behave like a large one under editing:
 
@@ -487,7 +487,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--preview", type=Path, help="folder that gets a usable model every few minutes")
     parser.add_argument("--table", type=Path, default=TABLE_DIR, help="folder with the fact table")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=10500, help="optimizer steps of the whole run")
+    parser.add_argument("--steps", type=int, default=9200, help="optimizer steps of the whole run")
     parser.add_argument("--stop-after", type=float, help="stop after this many minutes and leave a checkpoint")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
