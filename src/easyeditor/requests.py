@@ -74,6 +74,9 @@ class EditRequest:
     def __post_init__(self) -> None:
         _text(self.record, "prompt", self.prompt, "Give the text that stands in front of the answer.")
         _text(self.record, "target_new", self.target_new, "Give the answer that the edited model should produce.")
+        object.__setattr__(
+            self, "rephrase_prompts", _texts(self.record, "rephrase_prompt", self.rephrase_prompts)
+        )  # one text is one wording, not one per letter
         if self.subject is not None:
             _text(self.record, "subject", self.subject, "Name the entity, or leave the field out.")
             if self.subject not in self.prompt:
