@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 
 from easyeditor.lm.model import LM
-from local_models import Bare, baichuan, chatglm
+from local_models import Bare, baichuan, chatglm, internlm
 
 VOCAB, WIDTH, DEPTH = 96, 32, 3
 TEXT = (
@@ -125,7 +125,11 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], str, str]] = {
         "Linear",
     ),
 }
-OURS = {"baichuan": "model.layers.{}.mlp.down_proj", "chatglm": "transformer.encoder.layers.{}.mlp.dense_4h_to_h"}
+OURS = {
+    "baichuan": "model.layers.{}.mlp.down_proj",
+    "internlm": "model.layers.{}.feed_forward.w2",
+    "chatglm": "transformer.encoder.layers.{}.mlp.dense_4h_to_h",
+}
 MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**GATED, "num_local_experts": 4}),
     "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {**GATED, "num_experts": 4, "num_experts_per_tok": 2}),
@@ -138,11 +142,11 @@ MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def raw(family: str, seed: int = 0) -> torch.nn.Module:
-    """A model of a family with random weights, large enough that every place matters."""
+def raw(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A model of a family with random weights, large enough that every place matters; changes go into its config."""
     torch.manual_seed(seed)
     if family in OURS:
-        model: torch.nn.Module = {"baichuan": baichuan, "chatglm": chatglm}[family](
+        model: torch.nn.Module = {"baichuan": baichuan, "internlm": internlm, "chatglm": chatglm}[family](
             vocab_size=VOCAB, hidden_size=WIDTH, num_layers=DEPTH
         )
     elif family == "bare":
@@ -152,7 +156,9 @@ def raw(family: str, seed: int = 0) -> torch.nn.Module:
         if not hasattr(transformers, cls):
             pytest.skip(f"this version of transformers has no {cls}")
         special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        model = getattr(transformers, cls)(getattr(transformers, config)(vocab_size=VOCAB, **special, **shape))
+        model = getattr(transformers, cls)(
+            getattr(transformers, config)(vocab_size=VOCAB, **special, **shape, **changes)
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:  # the default of 0.02 would leave a model that says the same to everything

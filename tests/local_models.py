@@ -1,8 +1,8 @@
 """Models whose code is not part of transformers, with the naming and the shapes of well-known remote code, in small.
 
-`Baichuan` has one projection `W_pack` for queries, keys and values. `ChatGLM2` keeps hidden states as (length, rows,
-width) inside, returns tuples from its blocks and has a cache of its own kind; InternLM's older code and ChatGLM3 follow
-the same two plans. `Bare` is a module that takes token ids and nothing else.
+Baichuan has one projection `W_pack` for queries, keys and values; InternLM's remote code has the same plan and other
+names. ChatGLM2 keeps hidden states as (length, rows, width) inside, returns tuples from its blocks and has a cache of
+its own kind. `Bare` is a module that takes token ids and nothing else.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class BaichuanConfig(LocalConfig):
     model_type = "baichuan"
 
 
+class InternLMConfig(LocalConfig):
+    model_type = "internlm2"
+
+
 class ChatGLMConfig(LocalConfig):
     model_type = "chatglm"
 
@@ -49,55 +53,100 @@ def blocked(mask: torch.Tensor | None, rows: int, length: int, past: int) -> tor
     return allowed[:, None]
 
 
-# --- Baichuan: `W_pack`, gated MLP, (rows, length, width), a tuple of keys and values as cache ---------------------
+# --- Baichuan and InternLM: packed attention, gated MLP, a tuple of keys and values as cache -----------------------
 
 
-class BaichuanAttention(nn.Module):
-    def __init__(self, width: int) -> None:
+class Part(nn.Module):
+    """A module whose parts go by the names of its family."""
+
+    def __init__(self, names: dict[str, str]) -> None:
         super().__init__()
-        self.W_pack = nn.Linear(width, 3 * width, bias=False)
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.names = names
+
+    def put(self, part: str, module: nn.Module) -> None:
+        setattr(self, self.names[part], module)
+
+    def part(self, part: str) -> nn.Module:
+        return getattr(self, self.names[part])
+
+
+BAICHUAN = {
+    "pack": "W_pack",
+    "out": "o_proj",
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+    "attention": "self_attn",
+    "mlp": "mlp",
+    "norm before attention": "input_layernorm",
+    "norm before mlp": "post_attention_layernorm",
+    "words": "embed_tokens",
+    "head": "lm_head",
+}
+INTERNLM = {
+    "pack": "wqkv",
+    "out": "wo",
+    "gate": "w1",
+    "up": "w3",
+    "down": "w2",
+    "attention": "attention",
+    "mlp": "feed_forward",
+    "norm before attention": "attention_norm",
+    "norm before mlp": "ffn_norm",
+    "words": "tok_embeddings",
+    "head": "output",
+}
+
+
+class PackedAttention(Part):
+    def __init__(self, width: int, names: dict[str, str]) -> None:
+        super().__init__(names)
+        self.put("pack", nn.Linear(width, 3 * width, bias=False))
+        self.put("out", nn.Linear(width, width, bias=False))
 
     def forward(self, hidden_states, allowed, position_ids, past_key_value=None):
         rows, length, width = hidden_states.shape
-        packed = self.W_pack(hidden_states).view(rows, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        packed = self.part("pack")(hidden_states).view(rows, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         query, key, value = packed[0], packed[1], packed[2]
         query, key = rotate(query, position_ids[:, None]), rotate(key, position_ids[:, None])
         if past_key_value is not None:
             key, value = torch.cat([past_key_value[0], key], 2), torch.cat([past_key_value[1], value], 2)
         out = functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-        return self.o_proj(out.transpose(1, 2).reshape(rows, length, width)), (key, value)
+        return self.part("out")(out.transpose(1, 2).reshape(rows, length, width)), (key, value)
 
 
-class BaichuanMLP(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, 3 * width, bias=False)
-        self.down_proj = nn.Linear(3 * width, width, bias=False)
-        self.up_proj = nn.Linear(width, 3 * width, bias=False)
+class GatedMLP(Part):
+    def __init__(self, width: int, names: dict[str, str]) -> None:
+        super().__init__(names)
+        self.put("gate", nn.Linear(width, 3 * width, bias=False))
+        self.put("up", nn.Linear(width, 3 * width, bias=False))
+        self.put("down", nn.Linear(3 * width, width, bias=False))
 
     def forward(self, x):
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.part("down")(functional.silu(self.part("gate")(x)) * self.part("up")(x))
 
 
-class BaichuanLayer(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.self_attn, self.mlp = BaichuanAttention(width), BaichuanMLP(width)
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width), nn.RMSNorm(width)
+class PackedLayer(Part):
+    def __init__(self, width: int, names: dict[str, str]) -> None:
+        super().__init__(names)
+        self.put("attention", PackedAttention(width, names))
+        self.put("mlp", GatedMLP(width, names))
+        self.put("norm before attention", nn.RMSNorm(width))
+        self.put("norm before mlp", nn.RMSNorm(width))
 
     def forward(self, hidden_states, allowed, position_ids, past_key_value=None, use_cache=False):
-        attended, present = self.self_attn(self.input_layernorm(hidden_states), allowed, position_ids, past_key_value)
+        normed = self.part("norm before attention")(hidden_states)
+        attended, present = self.part("attention")(normed, allowed, position_ids, past_key_value)
         hidden_states = hidden_states + attended
-        hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + self.part("mlp")(self.part("norm before mlp")(hidden_states))
         return (hidden_states, present) if use_cache else (hidden_states,)
 
 
-class BaichuanModel(nn.Module):
-    def __init__(self, config: LocalConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(BaichuanLayer(config.hidden_size) for _ in range(config.num_layers))
+class PackedModel(Part):
+    def __init__(self, config: LocalConfig, names: dict[str, str]) -> None:
+        super().__init__(names)
+        self.put("words", nn.Embedding(config.vocab_size, config.hidden_size))
+        self.layers = nn.ModuleList(PackedLayer(config.hidden_size, names) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False):
@@ -106,7 +155,7 @@ class BaichuanModel(nn.Module):
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=input_ids.device)[None]
         allowed = blocked(attention_mask, rows, length, past)
-        states, presents = self.embed_tokens(input_ids), ()
+        states, presents = self.part("words")(input_ids), ()
         for i, layer in enumerate(self.layers):
             out = layer(states, allowed, position_ids, past_key_values[i] if past_key_values else None, use_cache)
             states, presents = out[0], (*presents, *out[1:])
@@ -115,16 +164,25 @@ class BaichuanModel(nn.Module):
 
 class BaichuanForCausalLM(PreTrainedModel):
     config_class = BaichuanConfig
+    names = BAICHUAN
 
     def __init__(self, config: LocalConfig) -> None:
         super().__init__(config)
-        self.model = BaichuanModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = PackedModel(config, self.names)
+        setattr(self, self.names["head"], nn.Linear(config.hidden_size, config.vocab_size, bias=False))
         self.post_init()
+
+    def get_output_embeddings(self):
+        return getattr(self, self.names["head"])
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
         out = self.model(input_ids, attention_mask, position_ids, past_key_values, bool(use_cache))
-        return CausalLMOutputWithPast(logits=self.lm_head(out[0]), past_key_values=out.past_key_values)
+        return CausalLMOutputWithPast(logits=self.get_output_embeddings()(out[0]), past_key_values=out.past_key_values)
+
+
+class InternLMForCausalLM(BaichuanForCausalLM):
+    config_class = InternLMConfig
+    names = INTERNLM
 
 
 # --- ChatGLM2: (length, rows, width) inside, blocks return (states, cache), a mask that is True where it hides ------
@@ -260,6 +318,10 @@ class BareLayer(nn.Module):
 
 def baichuan(**shape) -> BaichuanForCausalLM:
     return BaichuanForCausalLM(BaichuanConfig(**shape))
+
+
+def internlm(**shape) -> InternLMForCausalLM:
+    return InternLMForCausalLM(InternLMConfig(**shape))
 
 
 def chatglm(**shape) -> ChatGLMForConditionalGeneration:

@@ -20,7 +20,7 @@ from easyeditor.lm.hooks import capture
 from easyeditor.lm.model import LM
 from easyeditor.registry import get_method
 from easyeditor.requests import EditRequest
-from families import DEPTH, build
+from families import DEPTH, build, raw, words
 
 KNOWN = ("gpt2", "llama", "gemma2", "olmo2", "neox", "falcon", "opt", "bloom")
 PLACES = ("mlp", "block")
@@ -113,11 +113,20 @@ def test_other_families(family: str, caplog: pytest.LogCaptureFixture) -> None:
     assert "in full" not in caplog.text
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3", "phi3"])
+def test_windows_shorter_than_the_prompt(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Keys and values before the window stay where they are and are not looked at."""
+    lm = LM.wrap(raw(family, sliding_window=4), words())
+    with caplog.at_level(logging.INFO, logger="easyeditor"):
+        same(*both(lm, 1, "mlp"))
+    assert "in full" not in caplog.text
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("family", ["baichuan", "chatglm", "bare", "qwen3_5"])
+@pytest.mark.parametrize("family", ["baichuan", "internlm", "chatglm", "bare", "qwen3_5"])
 def test_remote_code(family: str, layer: int, place: str) -> None:
-    """Caches of their own kind, positions before rows, no mask, recurrence: whichever way is taken, the result holds."""
+    """Caches of their own kind, positions before rows, no mask, recurrence: whichever way is taken, it is exact."""
     same(*both(build(family), layer, place), tolerance=1e-4)
 
 
