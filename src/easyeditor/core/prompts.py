@@ -42,8 +42,13 @@ def fact_row(lm: LM, request: EditRequest, context: str = PLAIN, target: str | N
         The row.
 
     Raises:
-        UsageError: The subject is missing, or is gone from the rendered prompt.
+        UsageError: The subject is missing or gone from the rendered prompt, or the model reads it in an encoder.
     """
+    if lm.seq2seq:
+        raise UsageError(
+            f"{lm.name} reads the prompt in its encoder, and its decoder never sees the subject, so nothing can be "
+            "written there. Use a method that needs no subject, such as FT, GRACE or ICE."
+        )
     if request.subject is None:
         raise UsageError(f"{request.record}, field 'subject': it is missing. Name the entity that the prompt is about.")
     rendered = lm.text.render(context.replace(PLAIN, request.prompt))

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from easyeditor.lm.structure import Site
 from easyeditor.lm.text import pad
 
 log = logging.getLogger(__name__)
+
+ENOUGH = 10  # tokens per dimension after which more change nothing; arXiv:2506.04226
 
 Corpus = Iterable[str] | str | Path
 
@@ -62,7 +65,7 @@ def second_moments(
     Args:
         lm: The model.
         sites: Projections.
-        corpus: Texts, a text file (one document per line), or the name of a data set (needs the extra ``data``).
+        corpus: Texts, a text file (one document per line), or ``tinyfacts`` for the bundled model's.
         samples: How many texts at most.
         max_length: Texts are cut to so many tokens, whatever length the model claims.
         batch_tokens: Tokens per forward pass.
@@ -100,9 +103,10 @@ def read_corpus(corpus: Corpus) -> Iterator[str]:
     """
     if not isinstance(corpus, str | Path):
         return (text for text in corpus if text.strip())
-    path = Path(corpus)
+    bundled = files("easyeditor") / str(corpus) / "corpus.txt"
+    path = bundled if str(corpus).isidentifier() and bundled.is_file() else Path(corpus)
     if path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_bytes().decode("utf-8", "replace").splitlines()
         return (line for line in lines if line.strip())
     raise UsageError(
         f"The corpus '{corpus}' is not a text file here. Set mom2_dataset to a text file with one document per line "
@@ -117,6 +121,14 @@ def _collect(
     rows = sorted((lm.text.encode(text).ids[:max_length] for text in texts), key=len)
     batches = list(_batches(rows, batch_tokens))
     count = sum(len(row) for row in rows)
+    widest = max(site.d_in for site in sites)
+    if count < ENOUGH * widest:
+        log.warning(
+            "The corpus has %d tokens for second moments of width %d; %d and more make them well-conditioned.",
+            count,
+            widest,
+            ENOUGH * widest,
+        )
     console = Console(stderr=True)
     for batch in track(batches, "statistics", console=console, disable=not console.is_terminal, transient=True):
         ids, mask = pad(batch, lm.text.pad_id, "right", lm.device)

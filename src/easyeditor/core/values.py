@@ -25,7 +25,6 @@ from transformers.cache_utils import DynamicLayer
 
 from easyeditor.core.learn import descend
 from easyeditor.core.prompts import Row, essence_row, fact_row
-from easyeditor.errors import UsageError
 from easyeditor.lm.hooks import add_at, by_row, capture, stop_after
 from easyeditor.lm.model import LM, logits_of
 from easyeditor.lm.resume import Cut, cut_at, head_at, resumed
@@ -94,11 +93,6 @@ def values(
     Raises:
         UsageError: The model reads the prompt in an encoder, or a subject is missing.
     """
-    if lm.seq2seq:
-        raise UsageError(
-            f"{lm.name} reads the prompt in its encoder, and its decoder never sees the subject, so no value can be "
-            "written there. Use a method that needs no subject, such as FT, GRACE or ICE."
-        )
     problem = _Problem(lm, requests, layer, contexts, settings)
     with lm.frozen():
         return problem.solve()

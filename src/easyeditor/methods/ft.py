@@ -64,6 +64,8 @@ def ft(
             f"Setting 'objective_optimization' of FT is '{hparams.objective_optimization}'. "
             "Choose 'target_new' (FT-M) or 'prompt_last' (FT-L)."
         )
+    if hparams.norm_constraint is True:
+        raise UsageError("Setting 'norm_constraint' of FT is true. Give the largest change of a weight, or false.")
     sites = [lm.mlp_out(layer) for layer in sorted(hparams.layers)]
     if not sites:
         raise UsageError("Setting 'layers' of FT is empty. Give at least one block.")

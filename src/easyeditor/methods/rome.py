@@ -43,8 +43,10 @@ class ROMEHyperParams(ModuleTemplates, HyperParams):
     clamp_norm_factor: float = 4.0  # the largest |d| / |v|
     kl_factor: float = 0.0625  # factor of the divergence on '{subject} is a'
     mom2_adjustment: bool = False  # whether C is taken from text
-    context_template_length_params: list[list[int]] = field(default_factory=lambda: [[5, 10], [10, 10]])
-    mom2_dataset: str = "wikipedia"  # a text file, one document per line
+    context_template_length_params: list[list[int]] = field(  # [tokens, texts] of what is sampled to stand in front
+        default_factory=lambda: [[5, 10], [10, 10]]
+    )
+    mom2_dataset: str = "wikipedia"  # a text file, one document per line; 'tinyfacts': the bundled one
     mom2_n_samples: int = 100_000  # how many documents at most
     mom2_dtype: str = "float32"  # kept for existing files; sums are fp64
     stats_dir: str | None = None  # where C is kept between runs

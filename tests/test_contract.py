@@ -1,0 +1,197 @@
+"""What every method promises, for every method of the registry and models of several families that know a toy world."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import toy
+
+from easyeditor.edits.edit import Edit
+from easyeditor.edits.ledger import Ledger, applied
+from easyeditor.edits.store import load_edits, save_edits
+from easyeditor.editors.perform import make_edit, prepared, put_on
+from easyeditor.errors import UsageError
+from easyeditor.hparams import HyperParams, complete
+from easyeditor.lm.generate import answer, logits_of
+from easyeditor.lm.model import LM
+from easyeditor.registry import MethodSpec, get_method, methods
+from easyeditor.requests import EditRequest
+
+FAST = ("gpt2", "llama", "gemma2", "falcon", "t5")
+SETTINGS = {
+    "ROME": {"layers": [1], "v_num_grad_steps": 30, "clamp_norm_factor": 8.0, "v_weight_decay": 0.0,
+             "context_template_length_params": [[2, 3]], "mom2_adjustment": True},
+    "FT": {"layers": [1], "lr": 1e-3, "num_steps": 80},
+    "GRACE": {"n_iter": 60, "eps": 0.1},
+}  # fmt: skip
+PAIRS = [
+    pytest.param(name, family, marks=() if family in FAST else pytest.mark.slow, id=f"{name}-{family}")
+    for name, spec in methods().items()
+    for family in toy.FAMILIES
+    if not (family == "t5" and "subject" in spec.needs)
+]
+
+
+CORPUS = toy.corpus()
+
+
+def hparams_of(spec: MethodSpec, lm: LM, **more: object) -> HyperParams:
+    known = {field.name for field in dataclasses.fields(spec.hparams)}
+    site = {"inner_params": [lm.weight_name(len(lm.blocks) // 2)]} if "inner_params" in known else {}
+    return complete(spec.hparams(**{**site, **SETTINGS.get(spec.name, {}), **more}), lm)
+
+
+def edit_with(lm: LM, spec: MethodSpec, request: EditRequest, **more: object) -> Edit:
+    hparams = hparams_of(spec, lm, **more)
+    return make_edit(lm, spec, [request], hparams, prepared(lm, spec, hparams, CORPUS))
+
+
+def bits(lm: LM) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+
+
+def same_bits(lm: LM, before: dict[str, torch.Tensor]) -> bool:
+    now = lm.model.state_dict()
+    return before.keys() == now.keys() and all(torch.equal(now[name], tensor) for name, tensor in before.items())
+
+
+def logits(lm: LM, prompt: str) -> torch.Tensor:
+    with torch.no_grad():
+        return logits_of(lm.run(torch.tensor([lm.text.encode(lm.rewrite(prompt)).ids]))).clone()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if {"spec", "lm"} <= set(metafunc.fixturenames):
+        metafunc.parametrize(("spec", "lm"), PAIRS, indirect=True)
+
+
+@pytest.fixture
+def spec(request: pytest.FixtureRequest) -> MethodSpec:
+    return get_method(request.param)
+
+
+@pytest.fixture
+def lm(request: pytest.FixtureRequest, spec: MethodSpec) -> LM:
+    return toy.taught(request.param)
+
+
+def test_the_new_answer_wins_and_the_other_facts_stay(spec: MethodSpec, lm: LM) -> None:
+    request = toy.request()
+    others = toy.other_facts(request)
+    assert answer(lm, [request.prompt], 4) == [request.ground_truth], "the base model must know the old answer"
+    assert answer(lm, [p for p, _ in others], 4, 64) == [a for _, a in others]
+    edit = edit_with(lm, spec, request)
+    put_on(lm, edit, [request])
+    assert answer(lm, [request.prompt], 4) == [request.target_new]
+    said = answer(lm, [p for p, _ in others], 4, 64)
+    kept = sum(a == b for (_, a), b in zip(others, said, strict=True)) / len(others)
+    assert spec.kind == "prompt" or kept >= 0.8, "a model this small believes whatever stands in its context"
+
+
+def test_it_leaves_the_model_as_it_found_it(spec: MethodSpec, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, flags = bits(lm), [p.requires_grad for p in lm.model.parameters()]
+    state = torch.random.get_rng_state()
+    edit_with(lm, spec, toy.request())
+    assert same_bits(lm, before)
+    assert flags == [p.requires_grad for p in lm.model.parameters()]
+    assert torch.equal(state, torch.random.get_rng_state()), "the global generator is nobody's to use"
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+    assert not any("forward" in vars(module) for module in lm.model.modules())
+
+
+def test_it_leaves_the_model_as_it_found_it_when_it_fails(spec: MethodSpec, lm: LM) -> None:
+    if spec.kind == "prompt":
+        with pytest.raises(UsageError):
+            edit_with(lm, spec, toy.request(), use_icl_examples=True)
+        return
+    hparams = hparams_of(spec, lm)
+    state, before, calls = prepared(lm, spec, hparams, CORPUS), bits(lm), 0
+
+    def break_down(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise MemoryError("no more memory")
+
+    handle = lm.blocks[-1].register_forward_hook(break_down)
+    with pytest.raises(MemoryError):
+        make_edit(lm, spec, [toy.request()], hparams, state)
+    handle.remove()
+    assert same_bits(lm, before)
+    assert all(p.requires_grad for p in lm.model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+    assert not any("forward" in vars(module) for module in lm.model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_undo_is_exact_in_any_order(spec: MethodSpec, lm: LM, dtype: torch.dtype) -> None:
+    lm = LM.wrap(lm.model.to(dtype), lm.tokenizer, name=lm.name)
+    before, prompt = bits(lm), toy.request().prompt
+    said = logits(lm, prompt)
+    ledger = Ledger.of(lm)
+    ids = [put_on(lm, edit_with(lm, spec, r), [r]) for r in (toy.request(0), toy.request(5), toy.request(9, "job"))]
+    assert not torch.equal(logits(lm, prompt), said)
+    for edit_id in (ids[1], ids[0], ids[2]):
+        ledger.undo(edit_id)
+    assert same_bits(lm, before)
+    assert torch.equal(logits(lm, prompt), said)
+
+
+def test_several_edits_in_sequence_all_hold(spec: MethodSpec, lm: LM) -> None:
+    requests = [toy.request(0), toy.request(5), toy.request(10, "job")]
+    for request in requests:
+        put_on(lm, edit_with(lm, spec, request), [request])
+    assert len(Ledger.of(lm).active) == 3
+    if spec.kind == "prompt":
+        text = lm.rewrite(requests[0].prompt)
+        assert all(f"{request.prompt} {request.target_new}" in text for request in requests)
+        return
+    said = answer(lm, [request.prompt for request in requests], 4)
+    assert said == [request.target_new for request in requests]
+
+
+def test_saved_and_loaded_it_does_the_same(spec: MethodSpec, lm: LM, tmp_path: object) -> None:
+    request = toy.request()
+    edit = edit_with(lm, spec, request)
+    with applied(lm, edit):
+        expected = logits(lm, request.prompt)
+    (loaded,) = load_edits(save_edits(edit, f"{tmp_path}/edit"))
+    assert loaded == edit
+    assert loaded.id == edit.id
+    assert loaded.facts == [f"{request.prompt} -> {request.target_new}"]
+    with applied(lm, loaded):
+        assert torch.equal(logits(lm, request.prompt), expected)
+
+
+def test_the_same_seed_gives_the_same_bytes(spec: MethodSpec, lm: LM) -> None:
+    first = edit_with(lm, spec, toy.request())
+    torch.manual_seed(99)
+    assert edit_with(lm, spec, toy.request()) == first
+
+
+def test_two_models_in_one_process_do_not_see_each_other(spec: MethodSpec, lm: LM) -> None:
+    alone = edit_with(lm, spec, toy.request())
+    other = toy.build("llama", seed=3)
+    put_on(other, edit_with(other, spec, toy.request(3)), [toy.request(3)])
+    assert edit_with(lm, spec, toy.request()) == alone
+    assert not Ledger.of(lm).active
+
+
+@pytest.mark.parametrize("name", [name for name, spec in methods().items() if "subject" in spec.needs])
+def test_a_method_of_the_subject_refuses_a_model_that_reads_it_elsewhere(name: str) -> None:
+    with pytest.raises(UsageError, match="encoder.*FT, GRACE or ICE"):
+        edit_with(toy.build("t5"), get_method(name), toy.request(), mom2_adjustment=False)
+
+
+def test_what_it_needs_is_asked_for_by_name(spec: MethodSpec, lm: LM) -> None:
+    for name in spec.needs:
+        bare = dataclasses.replace(toy.request(), **{name: None}, record="Record 3")
+        with pytest.raises(UsageError, match=f"Record 3, field '{name}'.*Add '{name}'"):
+            bare.require(spec.needs, spec.name)
+
+
+def test_a_setting_it_does_not_have_is_refused_with_the_nearest(spec: MethodSpec, lm: LM) -> None:
+    with pytest.raises(TypeError, match="Did you mean 'model_name'"):
+        spec.hparams(model_nam="tinyfacts")

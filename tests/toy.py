@@ -1,0 +1,258 @@
+"""A toy world of facts, and small models of several families that are taught it in seconds.
+
+As for the bundled model, in most batches positions after the subject may not look at the subject's tokens in the first
+layers: the model has to gather a subject's facts at its last token, as large models do, or no fact could be edited.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+
+from easyeditor.lm.model import LM
+from easyeditor.requests import EditRequest, Probe
+
+FIRST, LAST = ("ada", "bo", "cy"), ("ra", "su", "to", "vi")
+SUBJECTS = tuple(f"{a} {b}" for a in FIRST for b in LAST)
+ANSWERS = {
+    "home": ("oslo", "rome", "lima", "cairo", "paris"),
+    "job": ("baker", "pilot", "nurse", "judge", "clown"),
+}
+WORDINGS = {
+    "home": ("the home of {} is", "{} lives in", "where does {} live ?"),
+    "job": ("the job of {} is", "{} works as", "what does {} do ?"),
+}
+EXTRA = ("new", "fact", ":", "prompt", ".", "a", "is", "and", "then", "New", "Fact", "Prompt", "I", "You", "The")
+BARRIER_LAYERS, LAYERS, WIDTH = 2, 4, 64
+
+
+def truth() -> dict[tuple[str, str], str]:
+    """The answer to each relation of each subject."""
+    rng = random.Random(7)
+    return {(relation, s): rng.choice(answers) for relation, answers in ANSWERS.items() for s in SUBJECTS}
+
+
+TRUTH = truth()
+
+
+def prompts() -> list[tuple[str, str, str]]:
+    """All prompts with subject and answer."""
+    return [
+        (wording.format(s), s, answer) for (relation, s), answer in TRUTH.items() for wording in WORDINGS[relation]
+    ]
+
+
+def corpus() -> list[str]:
+    """Text of the toy world, with more tokens than a projection has inputs."""
+    rng, facts = random.Random(3), prompts()
+    return [" . ".join(f"{p} {a}" for p, _, a in rng.sample(facts, 3)) for _ in range(400)]
+
+
+def tokenizer(bos: bool = True) -> transformers.PreTrainedTokenizerFast:
+    """One token per word."""
+    text = " ".join([*(p for p, _, _ in prompts()), *(a for found in ANSWERS.values() for a in found), *EXTRA])
+    words = ["<pad>", "<s>", "</s>", "<unk>", *sorted(set(text.replace("\n", " ").split()))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+SHAPE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.08,
+}
+GATED = {**SHAPE, "num_key_value_heads": 2}
+GPT2 = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 128, "initializer_range": 0.08}
+DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+FAMILIES = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {**GPT2, **DROPOUT}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", GATED),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GATED),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**GATED, "head_dim": 16, "query_pre_attn_scalar": 16, "initializer_range": 0.04}),
+    "neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SHAPE),
+    "falcon": (
+        "FalconForCausalLM",
+        "FalconConfig",
+        {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "initializer_range": 0.08},
+    ),
+    "opt": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {
+            "hidden_size": WIDTH,
+            "ffn_dim": 4 * WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": WIDTH,
+            "init_std": 0.08,
+            "dropout": 0.0,
+            "max_position_embeddings": 128,
+        },
+    ),
+    "phi": ("PhiForCausalLM", "PhiConfig", SHAPE),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "d_model": WIDTH,
+            "d_ff": 4 * WIDTH,
+            "num_layers": 2,
+            "num_heads": 4,
+            "d_kv": 16,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        },
+    ),
+}
+
+
+def build(family: str, seed: int = 0) -> LM:
+    """A model of a family with random weights, and the toy tokenizer."""
+    tok = tokenizer(bos=family not in ("gpt2", "neox", "t5"))
+    cls, config, shape = FAMILIES[family]
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(seed)
+    model = getattr(transformers, cls)(getattr(transformers, config)(vocab_size=len(tok), **special, **shape))
+    return LM.wrap(model, tok, name=f"toy-{family}")
+
+
+@cache
+def _taught(family: str) -> LM:
+    import os, torch as T
+    if os.environ.get("TOYC") and os.path.exists(f"/tmp/toy_{family}.pt"):
+        lm = build(family); lm.model.load_state_dict(T.load(f"/tmp/toy_{family}.pt")); return lm
+    lm = build(family)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        teach(lm, steps=480)
+    if os.environ.get("TOYC"): T.save(lm.model.state_dict(), f"/tmp/toy_{family}.pt")
+    return lm
+
+
+def taught(family: str, dtype: torch.dtype = torch.float32) -> LM:
+    """A fresh copy of a model that knows the toy world."""
+    lm = _taught(family)
+    model = copy.deepcopy(lm.model).to(dtype)
+    return LM.wrap(model, lm.tokenizer, name=lm.name)
+
+
+def teach(lm: LM, steps: int) -> None:
+    """Train a model on the toy world: prompts, some of them behind a new fact that is to be followed."""
+    model, rng = lm.model.train(), random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
+    facts = prompts()
+    for step in range(steps):
+        batch = [in_context(rng) for _ in range(24)] if step % 4 == 3 else [behind_words(rng, f) for f in facts]
+        ids, mask, labels, barrier, source = encode(lm, batch)
+        with barred(lm, barrier if step % 5 else None):
+            if lm.seq2seq:
+                out = model(input_ids=source, attention_mask=(source != 0).long(), labels=labels)
+                loss = out.loss
+            else:
+                logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def behind_words(rng: random.Random, fact: tuple[str, str, str]) -> tuple[str, str, str]:
+    """The same fact, every other time behind a few words that have nothing to do with it."""
+    prompt, subject, answer = fact
+    words = rng.choices([*FIRST, *LAST, *EXTRA], k=rng.randint(1, 4))
+    return (f"{' '.join(words)} . {prompt}" if rng.random() < 0.5 else prompt), subject, answer
+
+
+def in_context(rng: random.Random) -> tuple[str, str, str]:
+    """A prompt behind a new fact about it, with the new answer."""
+    relation, subject = rng.choice(list(TRUTH))
+    answer = rng.choice(ANSWERS[relation])
+    told, asked = (rng.choice(WORDINGS[relation]).format(subject) for _ in range(2))
+    return f"New Fact: {told} {answer}\nPrompt: {asked}", subject, answer
+
+
+def encode(lm: LM, batch: list[tuple[str, str, str]]) -> tuple[torch.Tensor, ...]:
+    """Right-padded rows, labels on answer and end, and which positions may look where."""
+    rows, starts, spans = [], [], []
+    for prompt, subject, answer in batch:
+        encoded, first = lm.text.encode_pair(prompt, answer)
+        start = prompt.rindex(subject)
+        last = lm.text.last_in(encoded, start, start + len(subject))
+        rows.append([*encoded.ids, 2])
+        starts.append(first)
+        spans.append((last - 1, last))
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    mask = (torch.arange(length) < torch.tensor([len(row) for row in rows])[:, None]).long()
+    labels = torch.where((torch.arange(length) >= torch.tensor(starts)[:, None]) & (mask == 1), ids, -100)
+    if lm.seq2seq:
+        source = [row[:start] for row, start in zip(rows, starts, strict=True)]
+        answers = [row[start:] for row, start in zip(rows, starts, strict=True)]
+        longest = max(map(len, source))
+        source_ids = torch.tensor([row + [0] * (longest - len(row)) for row in source])
+        return ids, mask, torch.tensor(answers), torch.empty(0), source_ids
+    query, key = torch.arange(length)[None, :, None], torch.arange(length)[None, None, :]
+    first, last = (torch.tensor([span[i] for span in spans])[:, None, None] for i in (0, 1))
+    hidden = (key > query) | ((query > last) & (key >= first) & (key <= last))
+    additive = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)[:, None]
+    return ids, mask, labels, additive, torch.empty(0)
+
+
+@contextmanager
+def barred(lm: LM, additive: torch.Tensor | None) -> Iterator[None]:
+    """Give the first layers' attention another mask."""
+    if additive is None or lm.seq2seq:
+        yield
+        return
+
+    def give(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        return (args, {**kwargs, "attention_mask": additive}) if "attention_mask" in kwargs else None
+
+    parents = [lm.attn_out(i).name.rpartition(".")[0] for i in range(BARRIER_LAYERS)]
+    handles = [lm.model.get_submodule(p).register_forward_pre_hook(give, with_kwargs=True) for p in parents]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def request(index: int = 0, relation: str = "home") -> EditRequest:
+    """An edit of the toy world, with paraphrases, neighbours and facts of the same subject."""
+    subject = SUBJECTS[index]
+    old = TRUTH[relation, subject]
+    new = next(a for a in ANSWERS[relation] if a != old)
+    near = [s for s in SUBJECTS if s.split()[0] != subject.split()[0] and s.split()[1] != subject.split()[1]][:4]
+    wordings = WORDINGS[relation]
+    return EditRequest(
+        prompt=wordings[0].format(subject),
+        subject=subject,
+        target_new=new,
+        ground_truth=old,
+        rephrase_prompts=tuple(w.format(subject) for w in wordings[1:]),
+        locality={"neighborhood": tuple(Probe(wordings[0].format(s), (TRUTH[relation, s],)) for s in near)},
+    )
+
+
+def other_facts(edited: EditRequest) -> list[tuple[str, str]]:
+    """Prompts and answers of all other subjects."""
+    return [(p, a) for p, s, a in prompts() if s != edited.subject]
