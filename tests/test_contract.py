@@ -6,12 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-import toy
 
+import toy
+from easyeditor.editors.perform import make_edit, prepared, put_on
 from easyeditor.edits.edit import Edit
 from easyeditor.edits.ledger import Ledger, applied
 from easyeditor.edits.store import load_edits, save_edits
-from easyeditor.editors.perform import make_edit, prepared, put_on
 from easyeditor.errors import UsageError
 from easyeditor.hparams import HyperParams, complete
 from easyeditor.lm.generate import answer, logits_of
@@ -181,7 +181,7 @@ def test_two_models_in_one_process_do_not_see_each_other(spec: MethodSpec, lm: L
 
 @pytest.mark.parametrize("name", [name for name, spec in methods().items() if "subject" in spec.needs])
 def test_a_method_of_the_subject_refuses_a_model_that_reads_it_elsewhere(name: str) -> None:
-    with pytest.raises(UsageError, match="encoder.*FT, GRACE or ICE"):
+    with pytest.raises(UsageError, match=r"encoder.*FT, GRACE or ICE"):
         edit_with(toy.build("t5"), get_method(name), toy.request(), mom2_adjustment=False)
 
 

@@ -45,9 +45,7 @@ TRUTH = truth()
 
 def prompts() -> list[tuple[str, str, str]]:
     """All prompts with subject and answer."""
-    return [
-        (wording.format(s), s, answer) for (relation, s), answer in TRUTH.items() for wording in WORDINGS[relation]
-    ]
+    return [(wording.format(s), s, answer) for (relation, s), answer in TRUTH.items() for wording in WORDINGS[relation]]
 
 
 def corpus() -> list[str]:
@@ -83,7 +81,11 @@ FAMILIES = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {**GPT2, **DROPOUT}),
     "llama": ("LlamaForCausalLM", "LlamaConfig", GATED),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GATED),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**GATED, "head_dim": 16, "query_pre_attn_scalar": 16, "initializer_range": 0.04}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**GATED, "head_dim": 16, "query_pre_attn_scalar": 16, "initializer_range": 0.04},
+    ),
     "neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SHAPE),
     "falcon": (
         "FalconForCausalLM",
@@ -133,14 +135,10 @@ def build(family: str, seed: int = 0) -> LM:
 
 @cache
 def _taught(family: str) -> LM:
-    import os, torch as T
-    if os.environ.get("TOYC") and os.path.exists(f"/tmp/toy_{family}.pt"):
-        lm = build(family); lm.model.load_state_dict(T.load(f"/tmp/toy_{family}.pt")); return lm
     lm = build(family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         teach(lm, steps=480)
-    if os.environ.get("TOYC"): T.save(lm.model.state_dict(), f"/tmp/toy_{family}.pt")
     return lm
 
 

@@ -17,7 +17,7 @@ def ask(
     edits: Annotated[
         list[str] | None, typer.Option("--edits", metavar="DIR", help="A saved edit to put on first. Repeatable.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 24,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     chat: ChatOption = False,

@@ -36,6 +36,7 @@ def evaluate(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Leave each edit on, and score again on the final model.")
     ] = False,
+    batch: Annotated[int | None, typer.Option(min=1, help="Facts per edit, for methods that take several.")] = None,
     results: Annotated[
         Path | None, typer.Option("--out", metavar="RESULTS.jsonl", help="One line per fact, as it is done.")
     ] = None,
@@ -71,7 +72,7 @@ def evaluate(
     checked(requests, editor.spec)
     with waiting("Loading the model"):
         lm = editor.lm
-    stream = editor.stream(requests, sequential_edit=sequential)
+    stream = editor.stream(requests, sequential_edit=sequential, batch_size=batch or 1)
     records = list(written(tracked(stream, len(requests), f"{said.alg_name} on {lm.name}"), results))
     if results is not None and sequential:
         rewritten(records, results)

@@ -204,6 +204,7 @@ class BaseEditor:
         sequential_edit: bool = False,
         test_generation: bool = False,
         *,
+        batch_size: int = 1,
         pre: Sequence[Mapping[str, Any]] | None = None,
         edits: list[Edit] | None = None,
     ) -> Iterator[dict[str, Any]]:
@@ -213,6 +214,7 @@ class BaseEditor:
             requests: What to change.
             sequential_edit: Whether all edits stay on the model; then the records get ``final`` when all are done.
             test_generation: Whether to score fluency too.
+            batch_size: Requests per edit, for methods that take several.
             pre: Measurements made before, to be used instead of new ones.
             edits: A list that the edits are added to.
 
@@ -220,7 +222,10 @@ class BaseEditor:
             Records.
         """
         found = checked(requests, self.spec)
-        yield from self._chunks(found, 1, sequential_edit, test_generation, pre, edits if edits is not None else [])
+        if batch_size > 1:
+            self._batchable()
+        kept = edits if edits is not None else []
+        yield from self._chunks(found, batch_size, sequential_edit, test_generation, pre, kept)
 
     def batch_edit(
         self,

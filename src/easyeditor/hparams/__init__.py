@@ -55,7 +55,7 @@ class HyperParams:
     use_chat_template: bool = False  # ask and edit through the tokenizer's chat template
     max_length: int = 40  # kept for existing files; texts are never cut
     batch_size: int = 1  # requests per edit, for methods that take several
-    max_new_tokens: int = 32  # the longest free answer, in tokens
+    max_new_tokens: int = 24  # the longest free answer, in tokens
     seed: int = 0  # for whatever a method draws
 
     also: ClassVar[tuple[str, ...]] = ()  # other values of alg_name that existing files use

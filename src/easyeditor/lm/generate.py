@@ -18,7 +18,7 @@ from easyeditor.lm.text import pad
 Choose = Callable[[Tensor], Tensor]  # (rows, vocab) -> (rows,)
 
 
-def answer(lm: LM, prompts: Sequence[str], max_new_tokens: int = 32, batch_size: int = 8) -> list[str]:
+def answer(lm: LM, prompts: Sequence[str], max_new_tokens: int = 24, batch_size: int = 8) -> list[str]:
     """What the model says to each prompt, greedily.
 
     Args:

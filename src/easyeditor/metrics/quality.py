@@ -6,6 +6,7 @@ has no score of its own in one measurement; `compare_locality` makes it from two
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from easyeditor.metrics.protocol import protocol
 from easyeditor.metrics.text import exact_match, same_text
 from easyeditor.requests import EditRequest, Probe
 
+log = logging.getLogger(__name__)
+
 Pairs = dict[tuple[str, str], Reading]
 FLUENCY_TOKENS = 100
 
@@ -25,7 +28,7 @@ def quality(
     lm: LM,
     requests: Sequence[EditRequest],
     *,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 24,
     batch_size: int = 16,
     test_generation: bool = False,
     seed: int = 0,
@@ -44,6 +47,7 @@ def quality(
         One dict per request: ``rewrite_acc``, ``rewrite_gen``, ``rephrase_...``, ``locality``, ``portability``,
         ``probability`` (ES, PS, NS), ``fluency`` and ``metric_meta``. What cannot be scored is None.
     """
+    _warn_of_long_answers(lm, requests, max_new_tokens)
     prompts = list(dict.fromkeys(prompt for request in requests for prompt in _prompts(request)))
     said = dict(zip(prompts, answer(lm, prompts, max_new_tokens, batch_size), strict=True))
     pairs = read(lm, [pair for request in requests for pair in _pairs(request)], batch_size)
@@ -52,6 +56,20 @@ def quality(
         text = sample(lm, [lm.rewrite(request.prompt)], FLUENCY_TOKENS, seed)
         scores["fluency"] = {"ngram_entropy": ngram_entropy(text)}
     return out
+
+
+def _warn_of_long_answers(lm: LM, requests: Sequence[EditRequest], max_new_tokens: int) -> None:
+    """Say if an answer cannot be generated in full; what is generated does not depend on it."""
+    answers = {request.target_new for request in requests}
+    longest = max(answers, key=len)
+    tokens = len(lm.text.encode(longest).ids)
+    if tokens > max_new_tokens:
+        log.warning(
+            "'%s' has %d tokens and free answers end after %d: it cannot be matched. Raise max_new_tokens.",
+            longest,
+            tokens,
+            max_new_tokens,
+        )
 
 
 def compare_locality(lm: LM, before: Mapping[str, Any], after: dict[str, Any]) -> None:
