@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from easyeditor.core.likelihood import answer_logits, answers
-from easyeditor.edits.edit import Edit, PromptEdit, WeightEdit
+from easyeditor.edits.edit import DecodingEdit, Edit, PromptEdit, WeightEdit
 from easyeditor.edits.ledger import Ledger, fingerprints
 from easyeditor.errors import EditDidNothing, NonFinite, UnknownArgument, UsageError, did_you_mean
 from easyeditor.hparams import HyperParams, complete
@@ -98,7 +98,8 @@ def put_on(lm: LM, edit: Edit, requests: Sequence[EditRequest]) -> str:
     ledger = Ledger.of(lm)
     weights = {name: lm.model.get_parameter(name) for name in edit.deltas} if isinstance(edit, WeightEdit) else {}
     before: Mapping[str, Tensor] = {name: weight.detach().clone() for name, weight in weights.items()}
-    logits = None if weights or isinstance(edit, PromptEdit) else _logits(lm, requests)
+    outside = isinstance(edit, PromptEdit | DecodingEdit)  # what the model computes for a given prompt stays the same
+    logits = None if weights or outside else _logits(lm, requests)
     edit_id = ledger.apply(edit)
     try:
         after = _logits(lm, requests)

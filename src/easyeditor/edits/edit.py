@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -87,7 +88,7 @@ class Edit:
 
     @property
     def id(self) -> str:
-        """A short name made from the content: equal edits have equal ids."""
+        """A short name made from content, method and facts: equal edits of the same facts have equal ids."""
         digest = hashlib.sha256(json.dumps([self.kind, self.config()], sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.tensors().items()):
             digest.update(name.encode())
@@ -110,10 +111,11 @@ class Edit:
         if not isinstance(other, Edit) or self.kind != other.kind or self.config() != other.config():
             return False
         mine, theirs = self.tensors(), other.tensors()
-        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        return mine.keys() == theirs.keys() and all(_same(mine[name], theirs[name]) for name in mine)
 
     def __hash__(self) -> int:
-        return hash(self.id)
+        content = sorted((name, tuple(tensor.shape)) for name, tensor in self.tensors().items())
+        return hash((self.kind, json.dumps(self.config(), sort_keys=True, default=str), tuple(content)))
 
     def _both(self: E, other: E, **content: Any) -> E:
         same = self.method == other.method
@@ -235,10 +237,8 @@ class PromptEdit(Edit):
 
     def __call__(self, prompt: str) -> str:
         """The prompt with the facts in front of it."""
-        facts = (
-            self.fact_format.replace("{target}", target).replace("{prompt}", asked) for asked, target in self.context
-        )
-        return "".join(facts) + self.prompt_format.replace("{prompt}", prompt)
+        facts = (_filled(self.fact_format, prompt=asked, target=target) for asked, target in self.context)
+        return "".join(facts) + _filled(self.prompt_format, prompt=prompt)
 
     def __add__(self, other: PromptEdit) -> PromptEdit:
         """The facts of both, in order."""
@@ -310,6 +310,15 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 def fingerprint(weight: Tensor) -> str:
     """A hash of a weight, to tell whether an edit belongs on it."""
     return hashlib.sha256(tensor_bytes(weight)).hexdigest()[:16]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+
+
+def _filled(template: str, **values: str) -> str:
+    """A format with its places filled in one go: braces in what is filled in are only braces."""
+    return re.sub(r"\{(prompt|target)\}", lambda place: values.get(place[1], place[0]), template)
 
 
 def _side_by_side(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:

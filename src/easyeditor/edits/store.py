@@ -88,7 +88,9 @@ def read_header(folder: str | Path) -> dict[str, Any]:
         raise _damaged(folder, f"{HEADER} is not valid JSON") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT or not isinstance(header.get("edits"), list):
         raise _damaged(folder, f"{HEADER} is not the header of a saved edit")
-    if header.get("format_version", 0) > FORMAT_VERSION:
+    if not isinstance(header.get("format_version"), int):
+        raise _damaged(folder, f"{HEADER} does not say its format_version")
+    if header["format_version"] > FORMAT_VERSION:
         raise UsageError(
             f"'{folder}' has format {header['format_version']}, made by version {header.get('library_version')}; this "
             f"version reads up to format {FORMAT_VERSION}. Update: pip install -U easyeditor."
@@ -107,10 +109,14 @@ def load_edits(folder: str | Path) -> list[Edit]:
     path = Path(folder) / TENSORS
     try:
         if _sha256(path) != header.get("tensors_sha256"):
-            raise _damaged(folder, f"{TENSORS} is not the file that was saved with it")
+            raise DamagedFile(f"{TENSORS} is not the file that was saved with it")
         tensors = load_file(path)
         return [_restore(entry, i, tensors) for i, entry in enumerate(header["edits"])]
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
+    except UsageError:  # a method that is not installed here
+        raise
+    except DamagedFile as error:
+        raise _damaged(folder, str(error).rstrip(".")) from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from None
 
 
@@ -162,7 +168,12 @@ def replacing(folder: Path, force: bool, mark: str) -> Iterator[Path]:
         old = temporary.with_name(f"{temporary.name}.old")
         if folder.exists():
             os.replace(folder, old)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or str(error)
