@@ -26,7 +26,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from easyeditor.core.prompts import contexts
 from easyeditor.core.values import ValueSettings, _Problem, values
 from easyeditor.editors.base import BaseEditor
-from easyeditor.lm.model import LM, locate
+from easyeditor.lm.loading import locate
+from easyeditor.lm.model import LM
 from easyeditor.methods.rome import ROMEHyperParams
 from easyeditor.requests import EditRequest, Probe
 

@@ -80,7 +80,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture-of-experts model, which has no projection to edit."""
     from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-    from easyeditor.lm.model import locate
+    from easyeditor.lm.loading import locate
 
     tokenizer = AutoTokenizer.from_pretrained(locate(MODEL))
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_local_experts": 2}

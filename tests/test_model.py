@@ -19,7 +19,8 @@ from easyeditor.errors import EasyEditError, NotEditable, UsageError
 from easyeditor.hparams import complete
 from easyeditor.lm.generate import answer
 from easyeditor.lm.hooks import add_at, by_row, capture, hidden, replace, stop_after, with_hidden
-from easyeditor.lm.model import LM, accelerator
+from easyeditor.lm.loading import accelerator
+from easyeditor.lm.model import LM
 from easyeditor.registry import get_method
 from easyeditor.requests import EditRequest
 from families import DEPTH, FAMILIES, MIXTURES, OURS, VOCAB, WIDTH, build, raw, words

@@ -22,7 +22,8 @@ from easyeditor.edits.ledger import Ledger
 from easyeditor.errors import UnknownArgument, UsageError, did_you_mean
 from easyeditor.hparams import HyperParams, complete
 from easyeditor.lm.generate import answer
-from easyeditor.lm.model import LM, locate
+from easyeditor.lm.loading import locate
+from easyeditor.lm.model import LM
 from easyeditor.metrics.quality import compare_locality, quality
 from easyeditor.requests import EditRequest
 
