@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from easyeditor.edits.delta import LowRank
+from easyeditor.errors import NonFinite
 
 
 def equality(keys: Tensor, residuals: Tensor, moment: Tensor | None = None) -> LowRank:
@@ -39,7 +40,15 @@ def solve_spd(matrix: Tensor, right: Tensor, ridge: float = 1e-10) -> Tensor:
 
     Returns:
         (d, n).
+
+    Raises:
+        NonFinite: The matrix holds numbers that are not finite.
     """
+    if not torch.isfinite(matrix).all():
+        raise NonFinite(
+            "The second moment holds numbers that are not finite: the model's activations leave the range of its "
+            "dtype. Load the model in bfloat16 or float32, or set mom2_adjustment to false."
+        )
     scale = matrix.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     while True:
         factor, info = torch.linalg.cholesky_ex(matrix + ridge * scale * torch.eye(len(matrix)).to(matrix))

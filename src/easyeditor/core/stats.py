@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def second_moments(
         sites: Projections.
         corpus: Texts, a text file (one document per line), or ``tinyfacts`` for the bundled model's.
         samples: How many texts at most.
-        max_length: Texts are cut to so many tokens, whatever length the model claims.
+        max_length: Texts are cut to so many tokens, however many more the model can read.
         batch_tokens: Tokens per forward pass.
         cache_dir: Where results are kept; None: nowhere.
 
@@ -83,6 +83,7 @@ def second_moments(
         raise UsageError(
             "The corpus for the second moments has no text. Set mom2_dataset to a text file, one per line."
         )
+    max_length = min(max_length, _positions(lm) or max_length)
     ordered = sorted(sites, key=lambda site: lm.block_of(site))
     keys = {site.weight_name: _content_key(lm, site, texts, max_length) for site in ordered} if cache_dir else {}
     found = {name: moment for name, key in keys.items() if (moment := _read(Path(cache_dir or "."), key)) is not None}
@@ -112,6 +113,13 @@ def read_corpus(corpus: Corpus) -> Iterator[str]:
         f"The corpus '{corpus}' is not a text file here. Set mom2_dataset to a text file with one document per line "
         "(a few MB of ordinary prose are enough), or set mom2_adjustment to false."
     )
+
+
+def _positions(lm: LM) -> int:
+    """How many positions the model knows, as far as it says."""
+    config = getattr(lm.model, "config", None)
+    inner = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(inner, "max_position_embeddings", None) or 0)
 
 
 def _collect(
@@ -182,7 +190,7 @@ def _read(folder: Path, key: str) -> Moment | None:
                     f"The statistics file '{path}' holds {meta.get('key')}, expected {key}. Delete it; it is made anew."
                 )
             return Moment(file.get_tensor("moment"), int(meta["count"]))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise DamagedFile(f"The statistics file '{path}' is damaged ({error}). Delete it; it is made anew.") from None
 
 
