@@ -7,7 +7,6 @@ says so, and the edits are returned. Sequential: all edits stay.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from easyeditor.editors.arguments import Texts, requests_from_lists
+from easyeditor.editors.options import check_known, earlier_measurements
 from easyeditor.editors.perform import apply_function, checked, make_edit, prepared, put_on, spec_of
 from easyeditor.editors.progress import tracked
+from easyeditor.editors.records import record_of, texts_only, write_json
 from easyeditor.edits.edit import Edit
 from easyeditor.edits.ledger import Ledger
-from easyeditor.errors import UnknownArgument, UsageError, did_you_mean
+from easyeditor.errors import UsageError
 from easyeditor.hparams import HyperParams, complete
 from easyeditor.lm.generate import answer
 from easyeditor.lm.loading import locate
@@ -31,13 +32,6 @@ log = logging.getLogger(__name__)
 
 Requests = Sequence[EditRequest | Mapping[str, Any]]
 Records = list[dict[str, Any]]
-OPTIONS = {
-    "edit": ("test_generation", "requests", "subject", "loc_prompts", "train_ds", "eval_metric", "pre_edit", "pre_file",
-             "metric_kwargs", "keep_original_weight"),
-    "batch_edit": ("test_generation", "subject", "loc_prompts", "keep_original_weight"),
-    "edit_requests": ("eval_metric", "pre_edit", "pre_file", "train_ds", "metric_kwargs", "keep_original_weight"),
-    "generate_edit": ("subject", "loc_prompts", "train_ds", "keep_original_weight"),
-}  # fmt: skip
 
 
 class BaseEditor:
@@ -153,7 +147,7 @@ class BaseEditor:
             UnknownArgument: A keyword is not one of these (a `TypeError`).
             EditFailed: An edit did nothing or did damage; it has been taken back.
         """
-        _known("edit", kwargs)
+        check_known("edit", kwargs)
         requests = kwargs.pop("requests", None)
         lists = {name: kwargs.pop(name, None) for name in ("subject", "loc_prompts")}
         if requests is None:
@@ -181,14 +175,14 @@ class BaseEditor:
         Returns:
             As in `edit`.
         """
-        _known("edit_requests", kwargs)
+        check_known("edit_requests", kwargs)
         found = checked(requests, self.spec)
-        pre = _options(kwargs, sequential_edit)
+        pre = earlier_measurements(kwargs, sequential_edit)
         edits: list[Edit] = []
         stream = self.stream(found, sequential_edit, test_generation, pre=pre, edits=edits)
         records = list(tracked(stream, len(found), self.alg_name))
         if kwargs.get("pre_file"):
-            _write(Path(kwargs["pre_file"]), [{"pre": record["pre"]} for record in records])
+            write_json(Path(kwargs["pre_file"]), [{"pre": record["pre"]} for record in records])
         for record in records if verbose else ():
             log.info("%s: %s", record["case_id"], {key: record[key] for key in ("pre", "post")})
         if len(records) > 1 and not sequential_edit:
@@ -261,7 +255,7 @@ class BaseEditor:
         Raises:
             UsageError: The method takes one request at a time, or an argument is wrong.
         """
-        _known("batch_edit", kwargs)
+        check_known("batch_edit", kwargs)
         self._batchable()
         lists = {name: kwargs.pop(name, None) for name in ("subject", "loc_prompts")}
         requests = checked(
@@ -277,7 +271,7 @@ class BaseEditor:
             ),
             self.spec,
         )
-        _options(kwargs, sequential_edit)
+        earlier_measurements(kwargs, sequential_edit)
         edits: list[Edit] = []
         size = max(self.hparams.batch_size, 1)
         stream = self._chunks(requests, size, sequential_edit, kwargs.get("test_generation", False), None, edits, True)
@@ -304,8 +298,8 @@ class BaseEditor:
         Returns:
             None, the model, and the edit in a list.
         """
-        if unknown := set(kwargs) - {"subject"}:
-            raise _unknown("normal_edit", sorted(unknown)[0], ("subject",))
+        if extra := set(kwargs) - {"subject"}:
+            raise unknown("normal_edit", sorted(extra)[0], ("subject",))
         self._batchable()
         requests = checked(requests_from_lists(prompts, target_new, subject=kwargs.get("subject")), self.spec)
         self._begin(sequential_edit)
@@ -344,7 +338,7 @@ class BaseEditor:
             Records with ``rewrite_ans``, ``rephrase_ans``, ``locality_ans`` and ``portability_ans`` in ``pre`` and
             ``post``, and ``fluency`` in ``post``; the model; the edits.
         """
-        _known("generate_edit", kwargs)
+        check_known("generate_edit", kwargs)
         lists = {name: kwargs.pop(name, None) for name in ("subject", "loc_prompts")}
         requests = requests_from_lists(
             prompts,
@@ -359,7 +353,7 @@ class BaseEditor:
         records, model, edits = self.edit_requests(requests, sequential_edit, False, test_generation=True)
         for record in records:
             for phase in ("pre", "post"):
-                record[phase] = _texts_only(record[phase], phase)
+                record[phase] = texts_only(record[phase], phase)
             if verbose:
                 log.info("%s: %s", record["case_id"], record["post"])
         return records, model, edits
@@ -459,7 +453,7 @@ class BaseEditor:
                 after = self._measure(part, test_generation)
                 for i, scores in zip(chunk, after, strict=True):
                     compare_locality(self.lm, before[i], scores)
-                    records.append(self._record(i, requests[i], before[i], scores, seconds, edit))
+                    records.append(record_of(i, requests[i], before[i], scores, seconds, edit))
             finally:
                 if len(chunks) > 1 and not sequential:
                     Ledger.of(self.lm).undo(edit_id)
@@ -476,70 +470,3 @@ class BaseEditor:
         for i, scores in enumerate(self._measure(requests, test_generation)):
             compare_locality(self.lm, before[i], scores)
             records[i]["final"] = scores
-
-    def _record(
-        self,
-        index: int,
-        request: EditRequest,
-        before: Mapping[str, Any],
-        after: Mapping[str, Any],
-        seconds: float,
-        edit: Edit,
-    ) -> dict[str, Any]:
-        return {
-            "pre": before,
-            "case_id": index if request.case_id is None else request.case_id,
-            "requested_rewrite": request.to_dict(),
-            "post": after,
-            "time": seconds,
-            "edit_id": edit.id,
-        }
-
-
-def _known(call: str, kwargs: Mapping[str, Any]) -> None:
-    for name in kwargs:
-        if name not in OPTIONS[call]:
-            raise _unknown(call, name, OPTIONS[call])
-
-
-def _unknown(call: str, name: str, known: Sequence[str]) -> UnknownArgument:
-    return UnknownArgument(f"{call}() has no argument '{name}'. {did_you_mean(name, known)}")
-
-
-def _options(kwargs: Mapping[str, Any], sequential: bool) -> Sequence[Mapping[str, Any]] | None:
-    """Check what existing scripts pass besides, and return the measurements made before, if any."""
-    if kwargs.get("keep_original_weight") and sequential:
-        raise UsageError("keep_original_weight=True and sequential_edit=True contradict each other. Pass one of them.")
-    if kwargs.get("train_ds") is not None:
-        raise UsageError("train_ds holds demonstrations for IKE, and this method uses none. Leave it out.")
-    if kwargs.get("metric_kwargs") is not None:
-        raise UsageError(
-            "metric_kwargs belongs to the ConvSent scores, which this version does not have. Leave it out."
-        )
-    metric = kwargs.get("eval_metric")
-    if metric not in (None, "exact match", "token_em", "token em"):
-        raise UsageError(f"eval_metric is '{metric}'. This version scores 'exact match' and 'token_em'; leave it out.")
-    pre = kwargs.get("pre_edit")
-    return [entry.get("pre", entry) for entry in pre] if pre else None
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    temporary.replace(path)
-
-
-def _texts_only(scores: Mapping[str, Any], phase: str) -> dict[str, Any]:
-    out = {
-        f"{name}_ans": scores[f"{name}_gen_content"]
-        for name in ("rewrite", "rephrase")
-        if f"{name}_gen_content" in scores
-    }
-    for group in ("locality", "portability"):
-        texts = [text for key, found in scores[group].items() if key.endswith("_gen_content") for text in found]
-        if texts:
-            out[f"{group}_ans"] = texts
-    if phase == "post" and "fluency" in scores:
-        out["fluency"] = scores["fluency"]
-    return out

@@ -1,0 +1,52 @@
+"""The keyword arguments that existing scripts pass: which call knows which, and what they mean here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from easyeditor.errors import UnknownArgument, UsageError, did_you_mean
+
+OPTIONS = MappingProxyType(
+    {
+    "edit": ("test_generation", "requests", "subject", "loc_prompts", "train_ds", "eval_metric", "pre_edit", "pre_file",
+             "metric_kwargs", "keep_original_weight"),
+    "batch_edit": ("test_generation", "subject", "loc_prompts", "keep_original_weight"),
+    "edit_requests": ("eval_metric", "pre_edit", "pre_file", "train_ds", "metric_kwargs", "keep_original_weight"),
+    "generate_edit": ("subject", "loc_prompts", "train_ds", "keep_original_weight"),
+}
+)  # fmt: skip
+
+
+def check_known(call: str, kwargs: Mapping[str, Any]) -> None:
+    """Refuse keyword arguments that a call does not know.
+
+    Raises:
+        UnknownArgument: The first of them, with the nearest known name.
+    """
+    for name in kwargs:
+        if name not in OPTIONS[call]:
+            raise unknown(call, name, OPTIONS[call])
+
+
+def unknown(call: str, name: str, known: Sequence[str]) -> UnknownArgument:
+    """The error for a keyword argument that a call does not know."""
+    return UnknownArgument(f"{call}() has no argument '{name}'. {did_you_mean(name, known)}")
+
+
+def earlier_measurements(kwargs: Mapping[str, Any], sequential: bool) -> Sequence[Mapping[str, Any]] | None:
+    """Check what existing scripts pass besides, and return the measurements made before, if any."""
+    if kwargs.get("keep_original_weight") and sequential:
+        raise UsageError("keep_original_weight=True and sequential_edit=True contradict each other. Pass one of them.")
+    if kwargs.get("train_ds") is not None:
+        raise UsageError("train_ds holds demonstrations for IKE, and this method uses none. Leave it out.")
+    if kwargs.get("metric_kwargs") is not None:
+        raise UsageError(
+            "metric_kwargs belongs to the ConvSent scores, which this version does not have. Leave it out."
+        )
+    metric = kwargs.get("eval_metric")
+    if metric not in (None, "exact match", "token_em", "token em"):
+        raise UsageError(f"eval_metric is '{metric}'. This version scores 'exact match' and 'token_em'; leave it out.")
+    pre = kwargs.get("pre_edit")
+    return [entry.get("pre", entry) for entry in pre] if pre else None
