@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from easyeditor.editors.arguments import Texts, requests_from_lists
-from easyeditor.editors.options import check_known, earlier_measurements
+from easyeditor.editors.options import check_known, earlier_measurements, unknown
 from easyeditor.editors.perform import apply_function, checked, make_edit, prepared, put_on, spec_of
 from easyeditor.editors.progress import tracked
 from easyeditor.editors.records import record_of, texts_only, write_json
