@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -117,7 +118,7 @@ def read_corpus(corpus: Corpus) -> Iterator[str]:
 
 def _positions(lm: LM) -> int:
     """How many positions the model knows, as far as it says."""
-    config = getattr(lm.model, "config", None)
+    config: Any = getattr(lm.model, "config", None)
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     return int(getattr(inner, "max_position_embeddings", None) or 0)
 
