@@ -7,6 +7,7 @@ says so, and the edits are returned. Sequential: all edits stay.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,8 +65,7 @@ class BaseEditor:
         if isinstance(self.model_name, str):
             locate(self.model_name)
         self._lm: LM | None = None
-        self._state: Mapping[str, Any] | None = None
-        self._full: HyperParams | None = None
+        self._ready: tuple[Any, HyperParams, Mapping[str, Any]] | None = None  # settings, completed, what they need
         self._left: list[str] = []
 
     @classmethod
@@ -177,7 +177,7 @@ class BaseEditor:
         """
         check_known("edit_requests", kwargs)
         found = checked(requests, self.spec)
-        pre = earlier_measurements(kwargs, sequential_edit)
+        pre = earlier_measurements(kwargs, sequential_edit, len(found))
         edits: list[Edit] = []
         stream = self.stream(found, sequential_edit, test_generation, pre=pre, edits=edits)
         records = list(tracked(stream, len(found), self.alg_name))
@@ -271,7 +271,7 @@ class BaseEditor:
             ),
             self.spec,
         )
-        earlier_measurements(kwargs, sequential_edit)
+        earlier_measurements(kwargs, sequential_edit, len(requests))
         edits: list[Edit] = []
         size = max(self.hparams.batch_size, 1)
         stream = self._chunks(requests, size, sequential_edit, kwargs.get("test_generation", False), None, edits, True)
@@ -304,7 +304,8 @@ class BaseEditor:
         requests = checked(requests_from_lists(prompts, target_new, subject=kwargs.get("subject")), self.spec)
         self._begin(sequential_edit)
         edit = self._make(requests)
-        self._left = [put_on(self.lm, edit, requests)]
+        edit_id = put_on(self.lm, edit, requests)
+        self._left = [] if sequential_edit else [edit_id]
         return None, self.model, [edit]
 
     def generate_edit(
@@ -350,7 +351,7 @@ class BaseEditor:
             portability_inputs,
             **lists,
         )
-        records, model, edits = self.edit_requests(requests, sequential_edit, False, test_generation=True)
+        records, model, edits = self.edit_requests(requests, sequential_edit, False, test_generation=True, **kwargs)
         for record in records:
             for phase in ("pre", "post"):
                 record[phase] = texts_only(record[phase], phase)
@@ -411,16 +412,18 @@ class BaseEditor:
     def _begin(self, sequential: bool) -> None:
         """A call that is not sequential starts from what an earlier such call found."""
         ledger = Ledger.of(self.lm)
-        if not sequential:
-            for edit_id in self._left:
+        there = {edit.id for edit in ledger.active}  # some may have been taken back by hand
+        for edit_id in self._left if not sequential else ():
+            if edit_id in there:
                 ledger.undo(edit_id)
         self._left = []
 
     def _make(self, requests: Sequence[EditRequest]) -> Edit:
-        if self._full is None or self._full.given != self.hparams.given | self._full.given:
-            self._full = complete(self.hparams, self.lm)
-            self._state = prepared(self.lm, self.spec, self._full)
-        return make_edit(self.lm, self.spec, requests, self._full, self._state or {})
+        asked = copy.deepcopy((self.hparams.to_dict(), self.hparams.given))
+        if self._ready is None or self._ready[0] != asked:
+            full = complete(self.hparams, self.lm)
+            self._ready = (asked, full, prepared(self.lm, self.spec, full))
+        return make_edit(self.lm, self.spec, requests, *self._ready[1:])
 
     def _measure(self, requests: Sequence[EditRequest], test_generation: bool = False) -> Records:
         hp = self.hparams

@@ -35,8 +35,17 @@ def unknown(call: str, name: str, known: Sequence[str]) -> UnknownArgument:
     return UnknownArgument(f"{call}() has no argument '{name}'. {did_you_mean(name, known)}")
 
 
-def earlier_measurements(kwargs: Mapping[str, Any], sequential: bool) -> Sequence[Mapping[str, Any]] | None:
-    """Check what existing scripts pass besides, and return the measurements made before, if any."""
+def earlier_measurements(kwargs: Mapping[str, Any], sequential: bool, count: int) -> Sequence[Mapping[str, Any]] | None:
+    """Check what existing scripts pass besides, and return the measurements made before, if any.
+
+    Args:
+        kwargs: What was passed.
+        sequential: Whether all edits stay.
+        count: The number of requests.
+
+    Raises:
+        UsageError: Two arguments contradict each other, or one is not available here.
+    """
     if kwargs.get("keep_original_weight") and sequential:
         raise UsageError("keep_original_weight=True and sequential_edit=True contradict each other. Pass one of them.")
     if kwargs.get("train_ds") is not None:
@@ -48,5 +57,13 @@ def earlier_measurements(kwargs: Mapping[str, Any], sequential: bool) -> Sequenc
     metric = kwargs.get("eval_metric")
     if metric not in (None, "exact match", "token_em", "token em"):
         raise UsageError(f"eval_metric is '{metric}'. This version scores 'exact match' and 'token_em'; leave it out.")
-    pre = kwargs.get("pre_edit")
-    return [entry.get("pre", entry) for entry in pre] if pre else None
+    if not kwargs.get("pre_edit"):
+        return None
+    pre = [entry.get("pre", entry) for entry in kwargs["pre_edit"]]
+    if len(pre) != count:
+        raise UsageError(f"'pre_edit' has {len(pre)} entries for {count} requests. Give one per request, in order.")
+    if odd := [i for i, scores in enumerate(pre) if "locality" not in scores]:
+        raise UsageError(
+            f"'pre_edit', entry {odd[0]}, is no measurement (no 'locality'). Pass what pre_file wrote."
+        )
+    return pre
