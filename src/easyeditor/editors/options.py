@@ -63,7 +63,5 @@ def earlier_measurements(kwargs: Mapping[str, Any], sequential: bool, count: int
     if len(pre) != count:
         raise UsageError(f"'pre_edit' has {len(pre)} entries for {count} requests. Give one per request, in order.")
     if odd := [i for i, scores in enumerate(pre) if "locality" not in scores]:
-        raise UsageError(
-            f"'pre_edit', entry {odd[0]}, is no measurement (no 'locality'). Pass what pre_file wrote."
-        )
+        raise UsageError(f"'pre_edit', entry {odd[0]}, is no measurement (no 'locality'). Pass what pre_file wrote.")
     return pre
