@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -57,6 +59,8 @@ def earlier_measurements(kwargs: Mapping[str, Any], sequential: bool, count: int
     metric = kwargs.get("eval_metric")
     if metric not in (None, "exact match", "token_em", "token em"):
         raise UsageError(f"eval_metric is '{metric}'. This version scores 'exact match' and 'token_em'; leave it out.")
+    if kwargs.get("pre_file"):
+        _check_writable(Path(kwargs["pre_file"]))
     if not kwargs.get("pre_edit"):
         return None
     pre = [entry.get("pre", entry) for entry in kwargs["pre_edit"]]
@@ -65,3 +69,13 @@ def earlier_measurements(kwargs: Mapping[str, Any], sequential: bool, count: int
     if odd := [i for i, scores in enumerate(pre) if "locality" not in scores]:
         raise UsageError(f"'pre_edit', entry {odd[0]}, is no measurement (no 'locality'). Pass what pre_file wrote.")
     return pre
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the work is done whether its result can be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"pre_file '{path}' cannot be written: {error.strerror}. Choose another place.") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"pre_file '{path}' cannot be written: it is a folder, or in one that is read-only.")
