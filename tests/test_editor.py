@@ -399,6 +399,40 @@ def test_measurements_of_other_requests_are_refused(folder: str) -> None:
     assert one._lm is None
 
 
+def test_a_place_for_the_measurements_is_checked_first(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    one = BaseEditor.from_hparams(settings("FT", folder))
+    for place in (tmp_path / "file" / "pre.json", tmp_path):
+        with pytest.raises(UsageError, match="cannot be written"):
+            one.edit(**lists(HOME), pre_file=str(place))
+    assert one._lm is None
+
+
+def test_records_keep_the_number_that_a_request_has() -> None:
+    records, _, _ = quick().edit_requests([dataclasses.replace(HOME, case_id=7), JOB])
+    assert [record["case_id"] for record in records] == [7, 1]
+
+
+def test_a_stream_that_is_left_early_leaves_nothing() -> None:
+    one = quick()
+    before = bits(one.model)
+    stream = one.stream([HOME, JOB, THIRD])
+    assert next(stream)["case_id"] == 0
+    stream.close()
+    assert same_bits(one.model, before)
+    assert not Ledger.of(one.lm).active
+
+
+def test_all_edits_of_one_answer_are_rolled_back_together() -> None:
+    one = quick()
+    before = bits(one.model)
+    one.edit_requests([HOME, JOB, dataclasses.replace(THIRD, target_new=HOME.target_new)], sequential_edit=True)
+    assert len(one.rollback(HOME.target_new)) == 2
+    assert [edit.targets for edit in Ledger.of(one.lm).active] == [[JOB.target_new]]
+    one.rollback(JOB.target_new)
+    assert same_bits(one.model, before)
+
+
 def test_order_and_company_change_no_record() -> None:
     """Non-sequential records are independent of each other."""
     requests = [HOME, JOB, THIRD, toy.request(3, "job")]
