@@ -615,10 +615,46 @@ def test_apply_to_model_of_what_changes_no_weight() -> None:
     undo()
     assert answer(lm, [HOME.prompt], 4) == [HOME.ground_truth]
     assert not any(module._forward_hooks for module in lm.model.modules())
-    model, edits = easyeditor.apply_ike_to_model(lm.model, lm.tokenizer, [HOME], settings("ICE"))
+    model, undo = easyeditor.apply_ike_to_model(lm.model, lm.tokenizer, [HOME], settings("ICE"))
     assert model is lm.model
-    assert [edit(HOME.prompt).startswith("New Fact: ") for edit in edits] == [True]
+    assert lm.rewrite(HOME.prompt).startswith("New Fact: "), "all who wrap the model see its edits"
+    undo()
+    assert lm.rewrite(HOME.prompt) == HOME.prompt
     with pytest.raises(TypeError, match=r"'return_orig_weight'.*Did you mean"):
         easyeditor.apply_rome_to_model(lm.model, lm.tokenizer, [HOME], settings("ROME"), return_orig_weight=True)
     with pytest.raises(UsageError, match="field 'subject'"):
         easyeditor.apply_rome_to_model(lm.model, lm.tokenizer, [{"prompt": "a", "target_new": "b"}], settings("ROME"))
+
+
+def test_two_editors_of_one_model_see_each_others_edits() -> None:
+    lm = toy.taught("llama")
+    before = bits(lm.model)
+    one, two = (BaseEditor(settings("FT", model_name=(lm.model, lm.tokenizer))) for _ in range(2))
+    (first,) = one.apply([toy.request(0)])
+    (second,) = two.apply([toy.request(5)])
+    one.rollback(first)
+    assert answer(lm, [toy.request(5).prompt], 4) == [toy.request(5).target_new]
+    two.rollback(second)
+    assert same_bits(lm.model, before)
+
+
+def test_a_copy_of_an_edited_model_is_a_model_of_its_own() -> None:
+    lm = toy.taught("llama")
+    editor = BaseEditor(settings("FT", model_name=(lm.model, lm.tokenizer)))
+    editor.apply([toy.request(0)])
+    copied = LM.wrap(copy.deepcopy(lm.model), lm.tokenizer)
+    assert not Ledger.of(copied).active
+    assert answer(copied, [toy.request(0).prompt], 4) == [toy.request(0).target_new]
+
+
+def test_a_run_goes_on_after_a_fact_that_needs_no_change() -> None:
+    lm = toy.taught("llama")
+    known = dataclasses.replace(toy.request(0), target_new=toy.TRUTH["home", toy.SUBJECTS[0]])
+    requests = [known, toy.request(5)]
+    editor = BaseEditor(settings("FT", model_name=(lm.model, lm.tokenizer)))
+    records, _, edits = editor.edit_requests(requests, sequential_edit=True)
+    assert "changed nothing" in records[0]["error"]
+    assert records[0]["edit_id"] is None
+    assert records[0]["post"]["rewrite_gen"] == [1.0]
+    assert records[1]["final"]["rewrite_gen"] == [1.0]
+    assert len(edits) == 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 SAME = 1e-3  # keys nearer than this part of the initial radius are one key
-GAP = 1e-5  # by which the older of two neighbouring balls stays away from the newer
+GAP = 1e-5  # the share by which the older of two neighbouring balls stays smaller than the newer
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Codebook:
             self.radii[i] = -1.0
             self._append(entry, entry.radius)
         else:
-            self.radii[i] = min(float(self.radii[i]), d / 2 - GAP)
+            self.radii[i] = min(float(self.radii[i]), d / 2 * (1 - GAP))
             self._append(entry, d / 2)
 
     def _append(self, entry: Entry, radius: float) -> None:

@@ -9,7 +9,7 @@ from easyeditor.edits.delta import LowRank
 from easyeditor.errors import NonFinite
 
 
-def equality(keys: Tensor, residuals: Tensor, moment: Tensor | None = None) -> LowRank:
+def equality(keys: Tensor, residuals: Tensor, moment: Tensor | None = None, factor: Tensor | None = None) -> LowRank:
     """The smallest change, in the metric of C, that adds the residuals at the keys exactly.
 
     ``D = R (K^T C^-1 K)^-1 (C^-1 K)^T``. With one key this is ROME's rank-one update, with several EMMET's.
@@ -18,12 +18,15 @@ def equality(keys: Tensor, residuals: Tensor, moment: Tensor | None = None) -> L
         keys: K, (d_in, n).
         residuals: R, (d_out, n).
         moment: C, (d_in, d_in); None: the identity.
+        factor: C's Cholesky factor, if it is at hand already; see `cholesky`.
 
     Returns:
         The factors, fp32, on the device of the keys.
     """
     k, r = keys.double(), residuals.double()
-    u = k if moment is None else solve_spd(moment.double().to(k.device), k)  # (d_in, n)
+    if factor is None and moment is not None:
+        factor = cholesky(moment.double().to(k.device))
+    u = k if factor is None else torch.cholesky_solve(k, factor.to(k.device))  # C^-1 K, (d_in, n)
     gram = k.T @ u  # (n, n)
     left = torch.linalg.solve(gram.T, r.T).T  # (d_out, n)
     scale = u.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
@@ -31,15 +34,28 @@ def equality(keys: Tensor, residuals: Tensor, moment: Tensor | None = None) -> L
 
 
 def solve_spd(matrix: Tensor, right: Tensor, ridge: float = 1e-10) -> Tensor:
-    """``matrix^-1 right`` for a symmetric positive (semi)definite matrix, by Cholesky.
+    """``matrix^-1 right`` for a symmetric positive (semi)definite matrix; see `cholesky`.
 
     Args:
         matrix: (d, d), fp64.
         right: (d, n), fp64.
-        ridge: Added to the diagonal relative to its mean, enlarged until the factorisation exists.
+        ridge: See `cholesky`.
 
     Returns:
         (d, n).
+    """
+    return torch.cholesky_solve(right, cholesky(matrix, ridge))
+
+
+def cholesky(matrix: Tensor, ridge: float = 1e-10) -> Tensor:
+    """The lower factor of a symmetric positive (semi)definite matrix.
+
+    Args:
+        matrix: (d, d), fp64.
+        ridge: Added to the diagonal relative to its mean, enlarged until the factorisation exists.
+
+    Returns:
+        (d, d), fp64.
 
     Raises:
         NonFinite: The matrix holds numbers that are not finite.
@@ -53,5 +69,5 @@ def solve_spd(matrix: Tensor, right: Tensor, ridge: float = 1e-10) -> Tensor:
     while True:
         factor, info = torch.linalg.cholesky_ex(matrix + ridge * scale * torch.eye(len(matrix)).to(matrix))
         if not info.any():
-            return torch.cholesky_solve(right, factor)
+            return factor  # type: ignore[no-any-return]
         ridge *= 10

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 ENOUGH = 10  # tokens per dimension after which more change nothing; arXiv:2506.04226
 
+HUB_CORPORA = ("wikipedia", "wikitext")  # what settings files of existing tools name
+
 Corpus = Iterable[str] | str | Path
 
 
@@ -110,6 +112,9 @@ def read_corpus(corpus: Corpus) -> Iterator[str]:
     if path.is_file():
         lines = path.read_bytes().decode("utf-8", "replace").splitlines()
         return (line for line in lines if line.strip())
+    if corpus in HUB_CORPORA:
+        log.warning("The corpus '%s' would have to be fetched; the bundled prose stands in for it.", corpus)
+        return read_corpus("texts")
     raise UsageError(
         f"The corpus '{corpus}' is not a text file here. Set mom2_dataset to a text file with one document per line "
         "(a few MB of ordinary prose are enough), or set mom2_adjustment to false."

@@ -162,7 +162,7 @@ class _Problem:
         ):
             logits, cache = self._recorded()
         states = by_row(outputs[-1], len(self.rows), lm.sequence_first)
-        before = states[self.bare, self.columns[self.bare]].float()  # (facts, width)
+        before = states[self.bare, self.columns[self.bare].to(states.device)].float()  # (facts, width)
         kl_before = self._log_probs(logits)[self.targets :]
         forward = self._short_way(cache, above, own, logits)
         delta = torch.zeros_like(before)
@@ -171,8 +171,9 @@ class _Problem:
         def losses() -> Tensor:
             logp = self._log_probs(forward(delta))
             gold = logp[: self.targets].gather(1, self.labels[:, None].to(logp.device)).squeeze(1)
-            owner = self.owner[self.at_rows[: self.targets]]
-            nll = torch.zeros(self.count, device=logp.device).index_add(0, owner, -gold * self.weights)
+            owner = self.owner[self.at_rows[: self.targets]].to(logp.device)
+            weighted = -gold * self.weights.to(logp.device)
+            nll = torch.zeros(self.count, device=logp.device).index_add(0, owner, weighted)
             now = logp[self.targets :]
             kl = (now.exp() * (now - kl_before)).sum(-1)  # KL(p_now || p_before), (facts,)
             decay: Tensor = delta.norm(dim=1) / size**2
@@ -214,7 +215,7 @@ class _Problem:
         lm = self.lm
         module = lm.mlp_out(self.layer).module if self.settings.place == "mlp" else lm.blocks[self.layer]
         stack = ExitStack()
-        stack.enter_context(add_at(module, self.columns - start, delta[self.owner], lm.sequence_first))
+        stack.enter_context(add_at(module, self.columns - start, delta[self.owner.to(delta.device)], lm.sequence_first))
         return stack
 
     def _short_way(
@@ -279,7 +280,7 @@ class _Suffix:
             if self.inject and states is not None:
                 states = states.index_put(
                     (torch.arange(len(states), device=states.device), (problem.columns - p).to(states.device)),
-                    delta[problem.owner].to(states),
+                    delta[problem.owner.to(delta.device)].to(states),
                     accumulate=True,
                 )
             if states is not None:

@@ -21,7 +21,7 @@ from easyeditor.editors.progress import tracked
 from easyeditor.editors.records import record_of, texts_only, write_json
 from easyeditor.edits.edit import Edit
 from easyeditor.edits.ledger import Ledger
-from easyeditor.errors import UsageError
+from easyeditor.errors import EditDidNothing, EditFailed, NonFinite, UsageError
 from easyeditor.hparams import HyperParams, complete
 from easyeditor.lm.generate import answer
 from easyeditor.lm.loading import locate
@@ -58,6 +58,7 @@ class BaseEditor:
                 "Load them first: ROMEHyperParams.from_hparams('ROME/tinyfacts')."
             )
         self.hparams = hparams
+        hparams.check()
         self.spec = spec_of(hparams)
         self.alg_name = hparams.alg_name
         self.apply_algo = apply_function(self.spec)
@@ -321,7 +322,7 @@ class BaseEditor:
         verbose: bool = True,
         **kwargs: Any,
     ) -> tuple[Records, Any, list[Edit]]:
-        """`edit` with the generated texts in place of scores, through the chat template if the tokenizer has one.
+        """`edit` with the generated texts in place of scores, through the chat template if ``use_chat_template`` is on.
 
         Args:
             prompts: As in `edit`, like all that follow.
@@ -448,27 +449,38 @@ class BaseEditor:
         for chunk in chunks:
             part = [requests[i] for i in chunk]
             start = time.perf_counter()
-            edit = self._make(part)
-            edit_id = put_on(self.lm, edit, part)
+            outcome = self._attempt(part, alone=len(chunks) == 1)
             seconds = time.perf_counter() - start
-            edits.append(edit)
+            if isinstance(outcome, Edit):
+                edits.append(outcome)
             try:
                 after = self._measure(part, test_generation)
                 for i, scores in zip(chunk, after, strict=True):
                     compare_locality(self.lm, before[i], scores)
-                    records.append(record_of(i, requests[i], before[i], scores, seconds, edit))
+                    records.append(record_of(i, requests[i], before[i], scores, seconds, outcome))
             finally:
-                if len(chunks) > 1 and not sequential:
-                    Ledger.of(self.lm).undo(edit_id)
-                elif not sequential:
-                    self._left.append(edit_id)
+                if isinstance(outcome, Edit) and not sequential:
+                    if len(chunks) > 1:
+                        Ledger.of(self.lm).undo(outcome.id)
+                    else:
+                        self._left.append(outcome.id)
             yield from records[chunk.start : chunk.stop]
         if sequential or final:
-            self._finish(requests, before, records, edits, test_generation)
+            self._finish(requests, before, records, test_generation)
 
-    def _finish(
-        self, requests: list[EditRequest], before: Records, records: Records, edits: list[Edit], test_generation: bool
-    ) -> None:
+    def _attempt(self, requests: Sequence[EditRequest], alone: bool) -> Edit | EditFailed:
+        """Make an edit and put it on. In a run of several, one that fails is recorded and the run goes on."""
+        try:
+            edit = self._make(requests)
+            put_on(self.lm, edit, requests)
+            return edit
+        except (EditDidNothing, NonFinite) as error:
+            if alone:
+                raise
+            log.warning("%s", error)
+            return error
+
+    def _finish(self, requests: list[EditRequest], before: Records, records: Records, test_generation: bool) -> None:
         """Measure all requests on the model that is returned."""
         for i, scores in enumerate(self._measure(requests, test_generation)):
             compare_locality(self.lm, before[i], scores)

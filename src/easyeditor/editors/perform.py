@@ -96,6 +96,8 @@ def put_on(lm: LM, edit: Edit, requests: Sequence[EditRequest]) -> str:
         NonFinite: Weights or logits are no longer finite numbers.
     """
     ledger = Ledger.of(lm)
+    if edit in ledger.active:
+        raise EditDidNothing(f"The edit of '{requests[0].prompt}' is on {lm.name} already, the very same.")
     weights = {name: lm.model.get_parameter(name) for name in edit.deltas} if isinstance(edit, WeightEdit) else {}
     before: Mapping[str, Tensor] = {name: weight.detach().clone() for name, weight in weights.items()}
     outside = isinstance(edit, PromptEdit | DecodingEdit)  # what the model computes for a given prompt stays the same
@@ -164,16 +166,19 @@ def apply_function(spec: MethodSpec) -> Callable[..., tuple[Any, Any]]:
         full = complete(hparams, lm)
         state = prepared(lm, spec, full)
         ledger = Ledger.of(lm)
-        parts = [found] if spec.requests == "many" else [[request] for request in found]
-        for part in parts:
-            put_on(lm, make_edit(lm, spec, part, full, state), part)
-        if spec.kind == "prompt":
-            return lm.model, ledger.active
+        ids: list[str] = []
+        before: dict[str, Tensor] = {}
+        alone = not ledger.active
+        for part in [found] if spec.requests == "many" else [[request] for request in found]:
+            edit = make_edit(lm, spec, part, full, state)
+            for name in edit.deltas if isinstance(edit, WeightEdit) else ():
+                before.setdefault(name, lm.model.get_parameter(name).detach().clone())
+            ids.append(put_on(lm, edit, part))
         if spec.kind == "weights":
-            names = {name for edit in ledger.active if isinstance(edit, WeightEdit) for name in edit.deltas}
-            kept = {name: ledger.base(name).clone() for name in names}
-            return lm.model, kept if return_orig_weights or keep_original_weight else {}
-        return lm.model, ledger.reset
+            if alone:
+                ledger.forget()  # scripts put weights back by hand, which a ledger would not see
+            return lm.model, before if return_orig_weights or keep_original_weight else {}
+        return lm.model, lambda: [ledger.undo(edit_id) for edit_id in ids]
 
     apply.__name__ = f"apply_{spec.name.lower()}_to_model"
     apply.__doc__ = f"Edit a model with {spec.name}; see `easyeditor.editors.perform.apply_function`."

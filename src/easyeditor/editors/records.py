@@ -17,17 +17,18 @@ def record_of(
     before: Mapping[str, Any],
     after: Mapping[str, Any],
     seconds: float,
-    edit: Edit,
+    outcome: Edit | Exception,
 ) -> dict[str, Any]:
     """The record of one request: measurements before and right after its edit, and what was asked for."""
-    return {
+    record = {
         "pre": before,
         "case_id": index if request.case_id is None else request.case_id,
         "requested_rewrite": request.to_dict(),
         "post": after,
         "time": seconds,
-        "edit_id": edit.id,
+        "edit_id": outcome.id if isinstance(outcome, Edit) else None,
     }
+    return record if isinstance(outcome, Edit) else {**record, "error": str(outcome)}
 
 
 def write_json(path: Path, content: Any) -> None:

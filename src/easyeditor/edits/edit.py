@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -86,7 +87,7 @@ class Edit:
         """What else there is to save, in a form that JSON can hold."""
         return {}
 
-    @property
+    @cached_property
     def id(self) -> str:
         """A short name made from content, method and facts: equal edits of the same facts have equal ids."""
         digest = hashlib.sha256(json.dumps([self.kind, self.config()], sort_keys=True, default=str).encode())

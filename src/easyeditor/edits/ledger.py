@@ -34,10 +34,10 @@ class Ledger:
     @classmethod
     def of(cls, lm: LM) -> Ledger:
         """The ledger of a model."""
-        if lm.ledger is None:
-            lm.ledger = cls(lm)
-        assert isinstance(lm.ledger, Ledger)
-        return lm.ledger
+        if lm.kept.ledger is None:
+            lm.kept.ledger = cls(lm)
+        assert isinstance(lm.kept.ledger, Ledger)
+        return lm.kept.ledger
 
     @property
     def active(self) -> list[Edit]:
@@ -102,6 +102,14 @@ class Ledger:
             The edits, oldest first.
         """
         return [self.undo(edit_id) for edit_id in list(self._active)]
+
+    def forget(self) -> None:
+        """Leave the weights as they are now and know of no edit any more: what is on the model is the model."""
+        for edit in self.active:
+            if not isinstance(edit, WeightEdit):
+                self.undo(edit.id)
+        self._active.clear()
+        self._bases.clear()
 
     def base(self, name: str) -> Tensor:
         """A weight as it was before any edit."""

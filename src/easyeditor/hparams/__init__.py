@@ -83,6 +83,13 @@ class HyperParams:
                 f"Correct the file, or load it with the settings class of '{self.alg_name}'."
             )
 
+    def check(self) -> None:
+        """Whether the values make sense together; called before a model is loaded.
+
+        Raises:
+            UsageError: They do not.
+        """
+
     @property
     def given(self) -> frozenset[str]:
         """The fields that were passed or set, as opposed to left at their defaults."""
@@ -183,7 +190,9 @@ def complete(hparams: H, model: ModelFacts) -> H:
             values[name] = value
             log.info("%s has no preset row for this model (%s): block %d chosen by depth.", method, dict(facts), layer)
     kept = {name: getattr(hparams, name) for name in hparams.given}
-    return dataclasses.replace(hparams, **{**values, **kept})
+    full = dataclasses.replace(hparams, **{**values, **kept})
+    full.check()
+    return full
 
 
 def matching_row(method: str, facts: Mapping[str, Any]) -> str | None:
@@ -304,5 +313,6 @@ def _as(kind: Any, value: Any) -> tuple[bool, Any]:
             return False, value
     if kind is int:
         whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole or (isinstance(value, float) and value.is_integer()), int(value) if whole else value
+        fits = whole or (isinstance(value, float) and value.is_integer())
+        return fits, int(value) if fits else value
     return isinstance(value, kind), value

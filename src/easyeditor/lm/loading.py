@@ -53,7 +53,13 @@ def pretrained(
             "config.json, tokenizer and weights, the id of a model that can be fetched, or 'tinyfacts'."
         ) from error
     if device is not None and device_map is None and quantization is None:
-        model.to(accelerator(device))
+        place = accelerator(device)
+        try:
+            model.to(place)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(
+                f"The model cannot be put on '{place}': {_first_line(error)} Pass another device."
+            ) from None
     return model, tokenizer
 
 

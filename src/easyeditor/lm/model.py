@@ -25,6 +25,25 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class Kept:
+    """What stays with a transformers model, so that all who wrap it see the same edits; a copy starts without any.
+
+    Attributes:
+        ledger: The `Ledger` of the model, once there is one.
+        rewriters: See `LM`.
+        processors: See `LM`.
+    """
+
+    def __init__(self) -> None:
+        self.ledger: Any = None
+        self.rewriters: list[Callable[[str], str]] = []
+        self.processors: list[Callable[[Tensor, Tensor], Tensor]] = []
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        """A copied or pickled model has its weights as they are, and no record of edits."""
+        return Kept, ()
+
+
 class LM:
     """A language model that can be edited. Build it with `LM.load` or `LM.wrap`.
 
@@ -47,10 +66,11 @@ class LM:
         self.name = name
         self.seq2seq = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.text = Text(tokenizer, self.seq2seq)
+        ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        self.text.ends = tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
         self.accepts = frozenset(inspect.signature(type(model).forward).parameters)
-        self.rewriters: list[Callable[[str], str]] = []
-        self.processors: list[Callable[[Tensor, Tensor], Tensor]] = []
-        self.ledger: Any = None  # the `Ledger` of this model, once there is one
+        self.kept = vars(model).setdefault("_easyeditor", Kept())
+        self.rewriters, self.processors = self.kept.rewriters, self.kept.processors
         self.template = site.removesuffix(".weight") if site else None
         if away := next((name for name, p in model.named_parameters() if p.is_meta), None):
             raise NotEditable(

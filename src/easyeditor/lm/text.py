@@ -46,6 +46,7 @@ class Text:
         self.tokenizer = tokenizer
         self.seq2seq = seq2seq
         self.chat = False
+        self.ends: tuple[int, ...] = ()  # what ends an answer by the model's own settings
 
     @property
     def pad_id(self) -> int:
@@ -58,8 +59,9 @@ class Text:
     @property
     def eos_ids(self) -> set[int]:
         """The tokens that end an answer."""
-        eos = getattr(self.tokenizer, "eos_token_id", None)
-        return set(eos) if isinstance(eos, list | tuple) else {eos} if eos is not None else set()
+        own = getattr(self.tokenizer, "eos_token_id", None)
+        listed = own if isinstance(own, list | tuple) else [own]
+        return {token for token in (*listed, *self.ends) if token is not None}
 
     def render(self, prompt: str) -> str:
         """The prompt as the model is asked it: through the chat template if `chat` is on, else as it is.

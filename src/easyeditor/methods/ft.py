@@ -53,22 +53,27 @@ class FTHyperParams(ModuleTemplates, HyperParams):
     objective_optimization: str = "target_new"  # 'target_new' (FT-M) or 'prompt_last' (FT-L)
     batch_size: int = 64  # requests per step
 
+    def check(self) -> None:
+        """An objective, a bound and sizes that mean something."""
+        if self.objective_optimization not in ("target_new", "prompt_last"):
+            raise UsageError(
+                f"Setting 'objective_optimization' of FT is '{self.objective_optimization}'. "
+                "Choose 'target_new' (FT-M) or 'prompt_last' (FT-L)."
+            )
+        if self.norm_constraint is True:
+            raise UsageError("Setting 'norm_constraint' of FT is true. Give the largest change of a weight, or false.")
+        if self.batch_size < 1 or self.num_steps < 1:
+            raise UsageError("Settings 'batch_size' and 'num_steps' of FT are numbers from 1 on. Correct them.")
+        if len(set(self.layers)) != len(self.layers):
+            raise UsageError(f"Setting 'layers' of FT names a block twice: {self.layers}. Name each once.")
+
 
 @method("FT", hparams=FTHyperParams, paper="arXiv:2012.00363", requests="many")
 def ft(
     lm: LM, requests: Sequence[EditRequest], hparams: FTHyperParams, state: Mapping[str, Any], history: Sequence[Edit]
 ) -> WeightEdit:
     """The dense edit of any number of facts."""
-    if hparams.objective_optimization not in ("target_new", "prompt_last"):
-        raise UsageError(
-            f"Setting 'objective_optimization' of FT is '{hparams.objective_optimization}'. "
-            "Choose 'target_new' (FT-M) or 'prompt_last' (FT-L)."
-        )
-    if hparams.norm_constraint is True:
-        raise UsageError("Setting 'norm_constraint' of FT is true. Give the largest change of a weight, or false.")
     sites = [lm.mlp_out(layer) for layer in sorted(hparams.layers)]
-    if not sites:
-        raise UsageError("Setting 'layers' of FT is empty. Give at least one block.")
     deltas = [torch.zeros(site.d_out, site.d_in, device=site.weight.device) for site in sites]
     with lm.frozen(), _weights(sites, deltas):
         batches = [_Batch(lm, part, min(hparams.layers), hparams) for part in _parts(requests, hparams.batch_size)]

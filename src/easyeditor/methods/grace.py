@@ -10,8 +10,10 @@ Changes   No weight; one module is wrapped.
 Needs     Nothing but prompt and answer.
 Relations MELO switches LoRA blocks by the same kind of codebook.
 Deviates  A layer cannot see where the prompt ends, so the codebook is consulted at every position, not only at the last
-          one; nothing then depends on padding, batching or the KV cache. Two answers at one and the same key: the newer
-          one holds. The loss is that of the answer's tokens, and training ends at a loss of 5e-3 (`reg: early_stop`).
+          one; with `replace_last` nothing then depends on padding, batching or the KV cache. The two other rules act on
+          the tokens of one pass, as in the authors' code: they see a prompt only when it is read in one piece. Two
+          answers at one and the same key: the newer one holds. The loss is that of the answer's tokens, and training
+          ends at a loss of 5e-3 (`reg: early_stop`).
 """
 
 from __future__ import annotations
@@ -58,6 +60,20 @@ class GraceHyperParams(HyperParams):
     num_pert: int | str = 8  # kept for existing files; belongs to val_train 'pert'
     dropout: float = 0.0  # kept for existing files; editing is done without dropout
 
+    def check(self) -> None:
+        """Choices that exist."""
+        allowed = {
+            "dist_fn": ("euc", "cos"),
+            "val_init": ("cold", "warm"),
+            "replacement": ("replace_last", "replace_prompt", "replace_all"),
+            "eps_expand": ("coverage", "moving_average"),
+        }
+        for name, values in allowed.items():
+            if (value := getattr(self, name)) not in values:
+                raise UsageError(f"Setting '{name}' of GRACE is '{value}'. Choose {' or '.join(values)}.")
+        if len(self.inner_params) > 1:
+            raise UsageError("Setting 'inner_params' of GRACE names several weights. Name one: it wraps one module.")
+
 
 @method("GRACE", hparams=GraceHyperParams, paper="arXiv:2211.11031", requests="one", kind="module", wrapper=Entry)
 def grace(
@@ -68,7 +84,6 @@ def grace(
     history: Sequence[Edit],
 ) -> ModuleEdit:
     """The codebook entry of one fact."""
-    _check(hparams)
     request, site = requests[0], lm.site(hparams.inner_params[0])
     batch = answers(lm, [(lm.text.render(request.prompt), request.target_new)])
     position = int(batch.columns[0])  # of the token that predicts the first token of the answer
@@ -87,20 +102,6 @@ def grace(
         losses = _train(lm, batch, cut, site, position, value, hparams)
     entry = Entry(key, value, request.target_new, hparams.eps, hparams.dist_fn, hparams.eps_expand, hparams.replacement)
     return ModuleEdit(wrappers={site.name: entry}, notes={"losses": losses})
-
-
-def _check(hparams: GraceHyperParams) -> None:
-    allowed = {
-        "dist_fn": ("euc", "cos"),
-        "val_init": ("cold", "warm"),
-        "replacement": ("replace_last", "replace_prompt", "replace_all"),
-        "eps_expand": ("coverage", "moving_average"),
-    }
-    for name, values in allowed.items():
-        if getattr(hparams, name) not in values:
-            raise UsageError(f"Setting '{name}' of GRACE is '{getattr(hparams, name)}'. Choose {' or '.join(values)}.")
-    if not hparams.inner_params:
-        raise UsageError("Setting 'inner_params' of GRACE is empty. Name the weight of one projection.")
 
 
 def _initial(
@@ -123,12 +124,14 @@ def _initial(
 def _train(
     lm: LM, batch: Answers, cut: Cut, site: Site, position: int, value: Tensor, hparams: GraceHyperParams
 ) -> list[float]:
-    """Adam on the value, which stands at one position of the projection's output."""
+    """Adam on the value, which stands where the codebook will put it."""
 
     def put(states: Tensor) -> Tensor:
         flat = states.reshape(-1, states.shape[-1])
-        before, after = flat[:position], flat[position + 1 :]
-        return torch.cat([before, value[None].to(flat), after]).reshape(states.shape)
+        place = torch.arange(len(flat), device=flat.device)
+        reach = {"replace_last": place == position, "replace_prompt": place <= position}
+        where = reach.get(hparams.replacement, place >= 0)
+        return torch.where(where[:, None], value.to(flat), flat).reshape(states.shape)
 
     def losses() -> Tensor:
         with replace(site.module, put):

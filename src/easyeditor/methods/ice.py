@@ -34,6 +34,14 @@ class IKEHyperParams(HyperParams):
 
     also: ClassVar[tuple[str, ...]] = ("IKE",)
 
+    def check(self) -> None:
+        """No demonstrations."""
+        if self.use_icl_examples:
+            raise UsageError(
+                "Setting 'use_icl_examples' is on, and this version has no store of demonstrations. "
+                "Set it to false: the new fact then stands alone in front of the prompt (ICE)."
+            )
+
 
 @method("ICE", hparams=IKEHyperParams, paper="arXiv:2305.12740", requests="many", kind="prompt", aliases=("IKE",))
 def ice(
@@ -44,9 +52,4 @@ def ice(
     history: Sequence[Edit],
 ) -> PromptEdit:
     """The facts, to be put in front of every prompt."""
-    if hparams.use_icl_examples:
-        raise UsageError(
-            "Setting 'use_icl_examples' is on, and this version has no store of demonstrations. "
-            "Set it to false: the new fact then stands alone in front of the prompt (ICE)."
-        )
     return PromptEdit(context=tuple((request.prompt, request.target_new) for request in requests))

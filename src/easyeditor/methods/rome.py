@@ -18,8 +18,8 @@ from typing import Any
 
 from easyeditor.core.keys import mean_key
 from easyeditor.core.prompts import contexts
-from easyeditor.core.solve import equality
-from easyeditor.core.stats import Corpus, Moment, second_moments
+from easyeditor.core.solve import cholesky, equality
+from easyeditor.core.stats import Corpus, second_moments
 from easyeditor.core.values import ValueSettings, values
 from easyeditor.edits.edit import Edit, WeightEdit
 from easyeditor.errors import UsageError
@@ -51,6 +51,13 @@ class ROMEHyperParams(ModuleTemplates, HyperParams):
     mom2_dtype: str = "float32"  # kept for existing files; sums are fp64
     stats_dir: str | None = None  # where C is kept between runs
 
+    def check(self) -> None:
+        """One block, at the subject's last token."""
+        if self.fact_token != "subject_last":
+            raise UsageError(f"Setting 'fact_token' of ROME is '{self.fact_token}'. The paper's is 'subject_last'.")
+        if len(self.layers) > 1:
+            raise UsageError(f"Setting 'layers' of ROME is {self.layers}. ROME edits one block: give one number.")
+
 
 def prepare(lm: LM, hparams: ROMEHyperParams, corpus: Corpus | None = None) -> Mapping[str, Any]:
     """The contexts that the model writes, and C of the edited site; both belong to the model before any edit.
@@ -62,7 +69,7 @@ def prepare(lm: LM, hparams: ROMEHyperParams, corpus: Corpus | None = None) -> M
     """
     state: dict[str, Any] = {"contexts": contexts(lm, hparams.context_template_length_params, hparams.seed)}
     if hparams.mom2_adjustment:
-        site = lm.mlp_out(_layer(hparams))
+        site = lm.mlp_out(hparams.layers[0])
         moments = second_moments(
             lm,
             [site],
@@ -70,7 +77,7 @@ def prepare(lm: LM, hparams: ROMEHyperParams, corpus: Corpus | None = None) -> M
             samples=hparams.mom2_n_samples,
             cache_dir=hparams.stats_dir,
         )
-        state["moment"] = moments[site.weight_name]
+        state["factor"] = cholesky(moments[site.weight_name].matrix.double())  # once; each edit is then two solves
     return state
 
 
@@ -83,9 +90,7 @@ def rome(
     history: Sequence[Edit],
 ) -> WeightEdit:
     """The rank-one edit of one fact."""
-    if hparams.fact_token != "subject_last":
-        raise UsageError(f"Setting 'fact_token' of ROME is '{hparams.fact_token}'. The paper's is 'subject_last'.")
-    layer = _layer(hparams)
+    layer = hparams.layers[0]
     site = lm.mlp_out(layer)
     settings = ValueSettings(
         steps=hparams.v_num_grad_steps,
@@ -94,19 +99,12 @@ def rome(
         clamp=hparams.clamp_norm_factor,
         kl_factor=hparams.kl_factor,
     )
-    moment: Moment | None = state.get("moment")
     k = mean_key(lm, requests[0], site, state["contexts"])[:, None]  # k*, (d_in, 1)
     value = values(lm, requests, layer, state["contexts"], settings)[0]
     residual = value.delta[:, None].to(k.device)  # v* - W k*, (d_out, 1)
     return WeightEdit(
-        deltas={site.weight_name: equality(k, residual, moment.matrix if moment else None)},
+        deltas={site.weight_name: equality(k, residual, factor=state.get("factor"))},
         keys={site.weight_name: k},
         residuals={site.weight_name: residual},
         notes={"layer": layer, "losses": value.losses, "contexts": list(state["contexts"])},
     )
-
-
-def _layer(hparams: ROMEHyperParams) -> int:
-    if len(hparams.layers) != 1:
-        raise UsageError(f"Setting 'layers' of ROME is {hparams.layers}. ROME edits one block: give one number.")
-    return hparams.layers[0]

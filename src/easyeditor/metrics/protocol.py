@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from easyeditor.lm.model import LM
 
-Way = Literal["teacher_forced", "generated", "agreement", "generated_agreement", "probability"]
+Way = Literal["teacher_forced", "generated", "agreement", "generated_agreement", "probability", "sampled"]
 
 
 def protocol(lm: LM, way: Way, result_key: str) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def protocol(lm: LM, way: Way, result_key: str) -> dict[str, Any]:
         "agreement": ("pre_post_argmax_token_match", "token_agreement"),
         "generated_agreement": ("pre_post_free_generation_output_match", "text_agreement"),
         "probability": (forced, "probability_comparison"),
+        "sampled": ("sampled_continuation", "ngram_entropy"),
     }[way]
     name = ("icl_" if lm.rewriters else "") + name + ("+chat_template" if lm.text.chat else "")
     family = "seq2seq" if lm.seq2seq else "lm"

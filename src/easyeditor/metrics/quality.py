@@ -55,6 +55,7 @@ def quality(
     for request, scores in zip(requests, out, strict=True) if test_generation else ():
         text = sample(lm, [lm.rewrite(request.prompt)], FLUENCY_TOKENS, seed)
         scores["fluency"] = {"ngram_entropy": ngram_entropy(text)}
+        scores["metric_meta"]["fluency.ngram_entropy"] = protocol(lm, "sampled", "ngram_entropy")
     return out
 
 
