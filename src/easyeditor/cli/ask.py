@@ -8,6 +8,7 @@ import typer
 
 from easyeditor.cli.common import door, emit, load, out, put_on, saved, table
 from easyeditor.cli.options import ChatOption, DebugOption, DeviceOption, DtypeOption, JsonOption, ModelOption
+from easyeditor.errors import UsageError
 
 
 @door
@@ -31,6 +32,8 @@ def ask(
     """
     from easyeditor.lm.generate import answer
 
+    if any(not prompt.strip() for prompt in prompts):
+        raise UsageError("A prompt is empty. Give a text for the model to go on from.")
     changes = saved(edits or [])  # first, so that a damaged folder is told before a model is loaded
     lm = load(model, device, dtype, editable=bool(changes))
     lm.text.chat = chat

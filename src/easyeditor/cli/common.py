@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ def door(verb: Verb) -> Verb:
             raise
         except Exception as error:
             if debug:
-                raise
+                traceback.print_exc()
             typer.echo(f"easyedit: {sentence(error)}", err=True)
             raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
 

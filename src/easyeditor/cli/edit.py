@@ -110,7 +110,15 @@ def _print(outcome: Outcome, requests: Sequence[EditRequest], model: str, save: 
         good = sum(each.as_wanted is True for each in outcome.answers)
         console.print(f"(the first {SHOWN} facts; {good} of all {len(outcome.answers)} answers are as wanted)")
     console.print()
-    console.print(f"{outcome.facts} fact(s) changed with {outcome.spec.name} in {outcome.seconds:.1f} s.")
+    asked = [each for each in outcome.answers if each.kind == "edited"]
+    took = sum(each.as_wanted is True for each in asked)
+    console.print(
+        f"{took} of {outcome.facts} fact(s) took, edited with {outcome.spec.name} in {outcome.seconds:.1f} s."
+    )
+    if took < outcome.facts:
+        console.print(
+            "Where one did not: try another method, more steps (--set), or an answer the model has words for."
+        )
     remark_on(outcome.spec)
     if save is None:
         console.print("Nothing was saved; add --save DIR to keep the change.")

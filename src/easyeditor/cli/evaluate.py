@@ -25,6 +25,7 @@ from easyeditor.cli.options import (
     SetOption,
 )
 from easyeditor.cli.settings import Choice
+from easyeditor.errors import UsageError
 
 
 @door
@@ -61,7 +62,8 @@ def evaluate(
     requests = many_facts(data, limit)
     if results is not None:
         keep_what_is_there(results, force)
-        results.parent.mkdir(parents=True, exist_ok=True)
+        if not results.parent.is_dir():
+            raise UsageError(f"There is no folder '{results.parent}' for the results. Make it first, or correct --out.")
 
     from easyeditor.editors.base import BaseEditor
     from easyeditor.editors.perform import checked

@@ -12,7 +12,7 @@ from easyeditor.errors import UsageError
 log = logging.getLogger(__name__)
 
 PHASES = ("pre", "post", "final")
-PLAIN = ("rewrite_acc", "rewrite_gen", "rephrase_acc", "rephrase_gen")
+PLAIN = ("rewrite_gen", "rephrase_gen", "rewrite_acc", "rephrase_acc")
 GROUPS = ("locality", "portability", "probability", "fluency")
 UNITS = ("_acc", "_gen", "ES", "PS", "NS", "ngram_entropy")
 

@@ -53,7 +53,7 @@ class Rule(Stateful, Protocol):
         """New logits, from the tokens so far (rows, length) and the logits (rows, vocab)."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Edit:
     """What all edits know of themselves.
 
@@ -107,6 +107,9 @@ class Edit:
         """The new answers."""
         return [str(request["target_new"]) for request in self.requests]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.id}, {self.method or 'no method'}, {'; '.join(self.facts) or 'no facts'})"
+
     def __eq__(self, other: object) -> bool:
         """Whether the other does the same: same kind, same tensors, same rest."""
         if not isinstance(other, Edit) or self.kind != other.kind or self.config() != other.config():
@@ -132,7 +135,7 @@ class Edit:
         )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class WeightEdit(Edit):
     """A change of weights.
 
@@ -187,7 +190,7 @@ class WeightEdit(Edit):
         return self * -1.0
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class ModuleEdit(Edit):
     """Wrappers around modules, with their state.
 
@@ -212,7 +215,7 @@ class ModuleEdit(Edit):
         return {name: wrapper.config() for name, wrapper in self.wrappers.items()}
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class PromptEdit(Edit):
     """New facts that are put in front of a prompt before it is encoded.
 
@@ -250,7 +253,7 @@ class PromptEdit(Edit):
         return self._both(other, context=(*self.context, *other.context))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class DecodingEdit(Edit):
     """A rule that changes the logits before a token is chosen.
 

@@ -164,6 +164,8 @@ def replacing(folder: Path, force: bool, mark: str) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield temporary
+        for file in temporary.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
         temporary.chmod(0o755)
         old = temporary.with_name(f"{temporary.name}.old")
         if folder.exists():
