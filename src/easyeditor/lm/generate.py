@@ -158,9 +158,19 @@ class _Seq2SeqStep:
         self.lm, self.source, self.mask = lm, ids, mask
         self.encoded = lm.model.get_encoder()(input_ids=ids, attention_mask=mask)  # type: ignore[operator]
         self.ids = torch.full_like(ids[:, :1], lm.decoder_start)
+        self.past: Any = None
 
     def logits(self) -> Tensor:
-        out = self.lm.run(self.source, self.mask, decoder_input_ids=self.ids, encoder_outputs=self.encoded)
+        new = slice(-1, None) if self.past is not None else slice(None)
+        out = self.lm.run(
+            self.source,
+            self.mask,
+            decoder_input_ids=self.ids[:, new],
+            encoder_outputs=self.encoded,
+            past=self.past,
+            use_cache=True,
+        )
+        self.past = getattr(out, "past_key_values", None) if "past_key_values" in self.lm.accepts else None
         return logits_of(out)[:, -1]
 
     def append(self, tokens: Tensor) -> None:
