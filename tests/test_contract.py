@@ -26,6 +26,8 @@ SETTINGS = {
     "FT": {"layers": [1], "lr": 1e-3, "num_steps": 80},
     "GRACE": {"n_iter": 60, "eps": 0.1},
 }  # fmt: skip
+# With learned positions and ReLU keys, texts in front of the prompt move the keys of a model this small too far.
+OF_FAMILY = {("ROME", "toy-opt"): {"context_template_length_params": []}}
 PAIRS = [
     pytest.param(name, family, marks=() if family in FAST else pytest.mark.slow, id=f"{name}-{family}")
     for name, spec in methods().items()
@@ -40,7 +42,9 @@ CORPUS = toy.corpus()
 def hparams_of(spec: MethodSpec, lm: LM, **more: object) -> HyperParams:
     known = {field.name for field in dataclasses.fields(spec.hparams)}
     site = {"inner_params": [lm.weight_name(len(lm.blocks) // 2)]} if "inner_params" in known else {}
-    return complete(spec.hparams(**{**site, **SETTINGS.get(spec.name, {}), **more}), lm)
+    return complete(
+        spec.hparams(**{**site, **SETTINGS.get(spec.name, {}), **OF_FAMILY.get((spec.name, lm.name), {}), **more}), lm
+    )
 
 
 def edit_with(lm: LM, spec: MethodSpec, request: EditRequest, **more: object) -> Edit:
