@@ -71,7 +71,7 @@ def capital() -> EditRequest:
 def commands(request: EditRequest, outcome: Outcome, model: str) -> list[str]:
     """How to do the same on the command line and in Python, and how to take it back there."""
     on = "" if model == "tinyfacts" else f" --model {model}"
-    chosen = "" if outcome.spec.name == "ROME" else f" --method {outcome.spec.name}"
+    chosen = f" --method {outcome.spec.name}"
     fact = f'--prompt "{request.prompt}" --subject "{SUBJECT}" --target "{NEW}"'
     return [
         "\nDo it yourself and keep it:",

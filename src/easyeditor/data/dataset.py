@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from easyeditor.data.records import Layout, Record, build
 from easyeditor.requests import EditRequest
 
 
-class RecordDataset:
+class RecordDataset(ABC):
     """A published data set as a sequence of dicts, and as requests.
 
     Args:
@@ -43,8 +44,10 @@ class RecordDataset:
         """The records as requests, with every probe that they carry."""
         return list(self._requests)
 
+    @abstractmethod
     def _layout(self, rows: Sequence[dict[str, Any]]) -> Layout:
-        raise NotImplementedError
+        """The layout that the rows have."""
 
+    @abstractmethod
     def _item(self, record: Record) -> dict[str, Any]:
-        raise NotImplementedError
+        """The dict that stands for a record."""
