@@ -27,10 +27,10 @@ demo: setup
 	@echo; echo "The command is in $(VENV): . $(VENV)/bin/activate"
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 test-slow: setup
-	$(PY) -m pytest --runslow
+	$(PY) -m pytest --runslow -n 2 --dist loadgroup
 
 # The fast lane on the newest minor version of transformers and the two before it, each in its own environment.
 test-matrix: setup
@@ -40,7 +40,7 @@ test-matrix: setup
 	        && $$e/bin/python $(PIP) -c constraints.txt torch hatchling editables \
 	        && $$e/bin/python $(PIP) --no-build-isolation -e ".[dev]" "transformers==$$v.*" \
 	        && touch $$e/.set-up; } || exit 1; \
-	    $$e/bin/python -m pytest || exit 1; \
+	    $$e/bin/python -m pytest -n 2 --dist loadgroup || exit 1; \
 	done
 
 lint: setup

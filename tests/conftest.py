@@ -9,6 +9,7 @@ import tempfile
 os.environ["EASYEDITOR_CACHE"] = tempfile.mkdtemp(prefix="easyeditor-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("COLUMNS", None)  # tables are as wide as they are without a terminal
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 
 import pytest
@@ -22,6 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:  # of two processes, one gets all that shares a taught model
+        family = getattr(item, "callspec", None) and item.callspec.params.get("lm")
+        item.add_marker(pytest.mark.xdist_group(family if isinstance(family, str) else item.path.name))
     if config.getoption("--runslow"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

@@ -610,13 +610,13 @@ def test_the_command_says_what_it_collected(tmp_path: Path) -> None:
     for row in report["layers"]:
         matrix = load_file(row["file"])["moment"].double()
         assert row["condition"] == pytest.approx(float(torch.linalg.cond(matrix)), rel=0.01)
-        assert (row["tokens"], row["width"]) == (3000, 512)
+        assert (row["tokens"], row["width"]) == (3000, 1152)
     assert [row["layer"] for row in report["layers"]] == [1, 2]
     assert f"--set stats_dir={out}" in report["next"]
     assert f"--set mom2_dataset={corpus}" in report["next"]
     shown = run(*common, "--set", "layers=[2]").stdout
     assert "condition" in shown
-    assert "5120" in shown
+    assert "11520" in shown
     assert f"--set stats_dir={out}" in shown
 
 

@@ -104,10 +104,11 @@ def test_a_value_can_be_written_in_at_least_five_consecutive_layers(lm: LM) -> N
         assert mean >= 0.9, f"layer {layer}"
 
 
+@pytest.mark.parametrize("facts", [4, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_the_packaged_settings_edit_it(name: str) -> None:
+def test_the_packaged_settings_edit_it(name: str, facts: int) -> None:
     hparams = get_method(name).hparams.from_hparams(f"./hparams/{name}/tinyfacts")
-    records = list(BaseEditor.from_hparams(hparams).stream(TinyFacts().requests("reporting", limit=16)))
+    records = list(BaseEditor.from_hparams(hparams).stream(TinyFacts().requests("reporting", limit=facts)))
     scores = summarise(records)["post"]
     reliability, generalisation, locality = EXPECTED[name]
     assert scores["rewrite_gen"]["mean"] >= reliability

@@ -448,15 +448,40 @@ def rescale_residual(model: LlamaForCausalLM, factor: float) -> None:
             module.variance_epsilon *= factor**2
 
 
-def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, factor: float) -> None:
-    """Write a complete model folder in bf16 with a rescaled residual stream, replacing an older one in one move."""
+@torch.no_grad()
+def with_spare_neurons(model: LlamaForCausalLM, spare: int, seed: int = 0) -> LlamaForCausalLM:
+    """Return the model with wider MLPs and the same function.
+
+    The further neurons read random mixtures of what the trained ones read, and write nothing. In large models the
+    width of an MLP exceeds the number of subjects edited at a time many times over; with 512 neurons here, 100 edited
+    keys leave hardly a direction in which a weight may move without meeting other keys.
+    """
+    config = LlamaConfig.from_dict(model.config.to_dict())
+    config.intermediate_size += spare
+    wide = LlamaForCausalLM(config).to(model.dtype)
+    weights, generator = model.state_dict(), torch.Generator().manual_seed(seed)
+    for index in range(config.num_hidden_layers):
+        mlp = f"model.layers.{index}.mlp."
+        for name in (mlp + "gate_proj.weight", mlp + "up_proj.weight"):
+            trained = weights[name].float()
+            mixture = torch.randn(spare, len(trained), generator=generator) / math.sqrt(len(trained))
+            weights[name] = torch.cat([weights[name], (mixture @ trained).to(weights[name].dtype)])
+        down = weights[mlp + "down_proj.weight"]
+        weights[mlp + "down_proj.weight"] = torch.cat([down, down.new_zeros(len(down), spare)], dim=1)
+    wide.load_state_dict(weights)
+    wide.config.rms_norm_eps = model.config.rms_norm_eps
+    return wide
+
+
+def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, factor: float, spare: int) -> None:
+    """Write a complete model folder in bf16, rescaled and with spare neurons, replacing an older one in one move."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
     copy = LlamaForCausalLM(LlamaConfig.from_dict({**model.config.to_dict(), "dtype": "bfloat16"}))
     copy.load_state_dict({name: value.detach().float().cpu() for name, value in model.state_dict().items()})
     rescale_residual(copy, factor)
-    copy.to(torch.bfloat16)
+    copy = with_spare_neurons(copy.to(torch.bfloat16), spare)
     copy.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -513,6 +538,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--ffn", type=int, default=512)
+    parser.add_argument("--spare", type=int, default=640, help="further neurons of each exported MLP, which write nothing")
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--residual-norm", type=float, default=16.0, help="mean norm of the exported residual stream")
     parser.add_argument("--export-only", action="store_true", help="write OUT/model from the checkpoint and stop")
@@ -553,7 +579,7 @@ def train(args: argparse.Namespace) -> None:
         return args.residual_norm / subject_norm(model, samples["trained"], tokenizer.pad_token_id)
 
     if args.export_only:
-        export(model, tokenizer, args.out / "model", factor())
+        export(model, tokenizer, args.out / "model", factor(), args.spare)
         return
     began = saved = time.time()
     losses, tokens = [], 0
@@ -595,11 +621,11 @@ def train(args: argparse.Namespace) -> None:
             log_line(args, f"step {step} " + " ".join(f"{name} {score:.3f}" for name, score in scores.items()))
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             save_checkpoint(args.out / "checkpoint.pt", {**state, "spent": spent + time.time() - began})
-            export(model, tokenizer, args.preview or args.out / "model", factor())
+            export(model, tokenizer, args.preview or args.out / "model", factor(), args.spare)
             saved = time.time()
         if step >= args.steps or over:
             break
-    export(model, tokenizer, args.out / "model", factor())
+    export(model, tokenizer, args.out / "model", factor(), args.spare)
 
 
 if __name__ == "__main__":
