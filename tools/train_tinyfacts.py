@@ -473,7 +473,9 @@ def with_spare_neurons(model: LlamaForCausalLM, spare: int, seed: int = 0) -> Ll
     return wide
 
 
-def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, factor: float, spare: int) -> None:
+def export(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, factor: float, spare: int
+) -> None:
     """Write a complete model folder in bf16, rescaled and with spare neurons, replacing an older one in one move."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for path in (fresh, old):
@@ -538,7 +540,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--ffn", type=int, default=512)
-    parser.add_argument("--spare", type=int, default=640, help="further neurons of each exported MLP, which write nothing")
+    parser.add_argument(
+        "--spare", type=int, default=640, help="further neurons of each exported MLP, which write nothing"
+    )
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--residual-norm", type=float, default=16.0, help="mean norm of the exported residual stream")
     parser.add_argument("--export-only", action="store_true", help="write OUT/model from the checkpoint and stop")
