@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from easyeditor.core.prompts import fact_row
+from easyeditor.lm.clock import spent
 from easyeditor.lm.hooks import by_row, capture, stop_after
 from easyeditor.lm.model import LM
 from easyeditor.lm.structure import Site
@@ -15,6 +16,7 @@ from easyeditor.lm.text import pad
 from easyeditor.requests import EditRequest
 
 
+@spent("keys")
 @torch.no_grad()
 def keys(lm: LM, request: EditRequest, sites: Sequence[Site], contexts: Sequence[str]) -> dict[str, Tensor]:
     """The key of each context at each site, in one pass that ends after the last site.

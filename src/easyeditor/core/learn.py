@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from easyeditor.lm.clock import spent
+
 
 class Problems:
     """Independent problems that Adam moves together, each of which can stop and leave.
@@ -48,6 +50,7 @@ class Problems:
         self.moving = self.moving[which]
 
 
+@spent("training")
 def descend(
     parameters: Sequence[Tensor],
     losses: Callable[[], Tensor],

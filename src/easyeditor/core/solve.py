@@ -23,6 +23,7 @@ from torch import Tensor
 
 from easyeditor.edits.delta import LowRank
 from easyeditor.errors import NonFinite, UsageError
+from easyeditor.lm.clock import spent
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ def _foldable(counts: Sequence[int], fold: int) -> int:
     return folded
 
 
+@spent("solve")
 def solve(system: System, keys: Tensor, residuals: Tensor, gamma: float = 1.0, past: Sequence[Tensor] = ()) -> Solution:
     """D = R (gamma I + K^T X)^-1 X^T with X = A^-1 K.
 

@@ -19,6 +19,7 @@ from easyeditor.core.solve import Solution
 from easyeditor.edits.delta import Delta
 from easyeditor.edits.edit import WeightEdit
 from easyeditor.edits.ledger import applied
+from easyeditor.lm.clock import spent
 from easyeditor.lm.hooks import add_at, by_row, capture, stop_after
 from easyeditor.lm.model import LM
 from easyeditor.lm.resume import Cut, cut_at, resumed
@@ -159,6 +160,7 @@ class Reader:
         tokens = sum(chunk.ids.numel() for chunk in self.chunks)
         self.keeps = tokens * lm.width * lm.dtype.itemsize <= KEPT
 
+    @spent("keys")
     @torch.no_grad()
     def read(
         self,

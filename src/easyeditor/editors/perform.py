@@ -16,6 +16,7 @@ from easyeditor.edits.health import health
 from easyeditor.edits.ledger import Ledger, fingerprints
 from easyeditor.errors import EditDidNothing, NonFinite, UnknownArgument, UsageError, did_you_mean
 from easyeditor.hparams import HyperParams, complete
+from easyeditor.lm.clock import spent
 from easyeditor.lm.model import LM
 from easyeditor.registry import MethodSpec, get_method
 from easyeditor.requests import EditRequest
@@ -108,7 +109,8 @@ def put_on(lm: LM, edit: Edit, requests: Sequence[EditRequest]) -> str:
     before: Mapping[str, Tensor] = {name: weight.detach().clone() for name, weight in weights.items()}
     outside = isinstance(edit, PromptEdit | DecodingEdit)  # what the model computes for a given prompt stays the same
     logits = None if weights or outside else _logits(lm, requests)
-    edit_id = ledger.apply(edit)
+    with spent("apply"):
+        edit_id = ledger.apply(edit)
     try:
         after = _logits(lm, requests)
         if not torch.isfinite(after).all():
