@@ -21,6 +21,8 @@ from easyeditor.core.prompts import Fact, fact_row, facts_of
 from easyeditor.core.rows import batch_of
 from easyeditor.core.suffix import Place, Recorded, record, run_full, short_way
 from easyeditor.errors import NonFinite, UsageError
+from easyeditor.lm.clock import spent
+from easyeditor.lm.hooks import fused_activations
 from easyeditor.lm.model import LM
 from easyeditor.requests import EditRequest
 
@@ -132,6 +134,7 @@ def values(
     return optimise(lm, facts_of(requests, contexts), layer, settings)
 
 
+@spent("values")
 def optimise(lm: LM, facts: Sequence[Fact], layer: int, settings: ValueSettings) -> list[Value]:
     """Optimise the values of facts in batches of similar length; see `values`.
 
@@ -140,7 +143,7 @@ def optimise(lm: LM, facts: Sequence[Fact], layer: int, settings: ValueSettings)
     place = Place(layer, settings.kinds)
     found = torch.zeros(len(facts), len(settings.kinds), lm.width, device=lm.device)
     out: dict[int, Value] = {}
-    with lm.frozen():
+    with lm.frozen(), fused_activations(lm.model):
         for group in _groups(lm, facts, in_order=settings.extra is not None):
             out |= dict(
                 zip(group, _Group(lm, [facts[i] for i in group], group, place, settings, found).solve(), strict=True)

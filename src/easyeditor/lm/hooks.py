@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import FastGELUActivation, NewGELUActivation
 
 
 class Stopped(Exception):
@@ -145,3 +146,25 @@ def stop_after(module: nn.Module) -> Iterator[None]:
         pass
     finally:
         handle.remove()
+
+
+@contextmanager
+def fused_activations(model: nn.Module) -> Iterator[None]:
+    """A context in which GELU's tanh form is one operation instead of eight; the function is the same.
+
+    Args:
+        model: The model; its modules are put back after.
+    """
+    swapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, NewGELUActivation | FastGELUActivation)
+    ]
+    for parent, name, _ in swapped:
+        setattr(parent, name, nn.GELU(approximate="tanh"))
+    try:
+        yield
+    finally:
+        for parent, name, child in swapped:
+            setattr(parent, name, child)
