@@ -951,7 +951,8 @@ def test_a_system_without_any_weight_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "setting"), [("AlphaEdit", "L2"), ("SPHERE", "L2"), ("EMMET", "emmet_lambda"),
-                                               ("EAMET", "tau"), ("SimIE", "lamHyper")])  # fmt: skip
+                                               ("EAMET", "tau"), ("SimIE", "lamHyper"),
+                                               ("AlphaEdit", "nullspace_threshold")])  # fmt: skip
 def test_what_has_to_be_positive_is_named(name: str, setting: str) -> None:
     for value in (-1.0, NAN):
         said = refused(toy.build("gpt2"), name, **{setting: value})

@@ -498,3 +498,9 @@ def test_the_health_of_what_is_left_is_its_own() -> None:
         found = smaller.health[weight]
         assert {key: found[key] for key in plain} == pytest.approx(plain, rel=1e-4, abs=1e-6)
         assert found["update"] != batch.health[weight]["update"]
+        left, factor = [0, 2, 3], smaller.factors[weight].double()
+        keys, residuals = batch.keys[weight][:, left].float(), batch.residuals[weight][:, left].float()
+        missed = (residuals - d @ keys).norm() / residuals.norm()
+        assert found["residual"] == pytest.approx(float(missed), rel=1e-3, abs=1e-5)
+        assert found["condition"] == pytest.approx(float(torch.linalg.cond(factor @ factor.T)), rel=0.02)
+    assert "solved" not in smaller.notes

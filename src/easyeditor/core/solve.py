@@ -228,6 +228,23 @@ def without(delta: LowRank, residuals: Tensor, factor: Tensor, column: int) -> t
     return LowRank(left.to(delta.left), right), kept, small
 
 
+def quality_of(delta: LowRank, keys: Tensor, residuals: Tensor, factor: Tensor) -> dict[str, float]:
+    """The condition number of an update's system and the share of the residuals that it leaves, as `solve` says them.
+
+    Args:
+        delta: The update.
+        keys: K, (d_in, n).
+        residuals: R, (d_out, n), fp64.
+        factor: The factor of its system, (n, n), fp64.
+    """
+    missed = residuals - delta.left.to(residuals) @ (delta.right.to(residuals).T @ keys.to(residuals))
+    tiny = torch.finfo(torch.float64).tiny
+    return {
+        "condition": _condition(factor @ factor.T, factor),
+        "residual": float(missed.norm() / residuals.norm().clamp(min=tiny)),
+    }
+
+
 def _add_outer(factor: Tensor, vector: Tensor) -> None:
     """L L^T + v v^T as a Cholesky factor, in place, in O(n^2)."""
     for i in range(len(vector)):

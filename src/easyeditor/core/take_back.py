@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from easyeditor.core.solve import without
+from easyeditor.core.solve import quality_of, without
 from easyeditor.edits.delta import Delta, LowRank
 from easyeditor.edits.edit import WeightEdit
 from easyeditor.errors import UsageError
@@ -32,6 +32,7 @@ def without_facts(edit: WeightEdit, facts: Collection[int]) -> WeightEdit:
     columns = _columns(edit, facts)
     deltas: dict[str, Delta] = dict(edit.deltas)
     keys, residuals, factors = dict(edit.keys), dict(edit.residuals), dict(edit.factors)
+    solved: dict[str, dict[str, float]] = {}
     for name, delta in edit.deltas.items():
         assert isinstance(delta, LowRank)
         r, factor = residuals[name], factors[name]
@@ -39,8 +40,10 @@ def without_facts(edit: WeightEdit, facts: Collection[int]) -> WeightEdit:
             delta, r, factor = without(delta, r, factor, column)
         deltas[name], residuals[name], factors[name] = delta, r, factor
         keys[name] = _without_columns(keys[name], columns)
+        solved[name] = quality_of(delta, keys[name], r.double(), factor)
     kept = [i for i in range(len(edit.requests)) if i not in facts]
     notes = {key: value for key, value in edit.notes.items() if key not in ("health", "losses", "shared")}
+    notes["solved"] = solved
     if "losses" in edit.notes:
         notes["losses"] = [trace for c, trace in enumerate(edit.notes["losses"]) if c not in columns]
     if "shared" in edit.notes:

@@ -1,4 +1,8 @@
-"""CounterFact (Meng et al., NeurIPS 2022, arXiv:2202.05262): the original layout and the flat one."""
+"""CounterFact (Meng et al., NeurIPS 2022, arXiv:2202.05262): the original layout and the flat one.
+
+The files that were added to it later have the original layout and more fields: one hop, replaced subject, distracting
+neighbours, other attribute of the subject (Yao et al., EMNLP 2023, arXiv:2305.13172).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,7 @@ from typing import Any
 
 from easyeditor.data.dataset import RecordDataset
 from easyeditor.data.own import OWN
-from easyeditor.data.records import Layout, Record, take, take_texts
-from easyeditor.errors import UsageError
+from easyeditor.data.records import Layout, Record, fill, take, take_probe, take_texts
 from easyeditor.requests import EditRequest
 
 FIELDS = (
@@ -24,6 +27,7 @@ FIELDS = (
     "unrelated_relation",
     "distracting_neighborhood_prompts",
 )
+PLACE = "requested_rewrite."
 
 
 def one_hop(row: Mapping[str, Any], record: str) -> dict[str, Any]:
@@ -35,28 +39,37 @@ def one_hop(row: Mapping[str, Any], record: str) -> dict[str, Any]:
     if row.get("portability") is None:
         return {}
     asked = take(row, "portability", dict, record)
-    question, answer = (take(asked, key, str, record, "portability.") for key in ("New Question", "New Answer"))
-    return {"one_hop": {"prompt": question, "ground_truth": answer}}
+    take(asked, "New Question", str, record, "portability.")
+    return {"one_hop": take_probe(asked, "New Question", "New Answer", record, "portability.")}
 
 
-def _convert(row: Mapping[str, Any], record: str) -> EditRequest:
+def label(rewrite: Mapping[str, Any], key: str, record: str) -> str:
+    """The text of an object of a rewrite, ``{"str": ..., "id": ...}``.
+
+    Raises:
+        UsageError: It is missing or of another kind.
+    """
+    return take(take(rewrite, key, dict, record, PLACE), "str", str, record, f"{PLACE}{key}.")
+
+
+def convert(row: Mapping[str, Any], record: str) -> EditRequest:
+    """Make a request of a record in the original layout.
+
+    Raises:
+        UsageError: A field is missing or of another kind.
+    """
     rewrite = take(row, "requested_rewrite", dict, record)
-    place = "requested_rewrite."
-    template, subject = (take(rewrite, key, str, record, place) for key in ("prompt", "subject"))
-    if "{}" not in template:
-        raise UsageError(f"{record}, field '{place}prompt': no '{{}}' in '{template}'. Put it where the subject goes.")
-    new, old = (
-        take(take(rewrite, key, dict, record, place), "str", str, record, f"{place}{key}.")
-        for key in ("target_new", "target_true")
-    )
+    template, subject = (take(rewrite, key, str, record, PLACE) for key in ("prompt", "subject"))
+    prompt = fill(template, subject, record, f"{PLACE}prompt")
+    new, old = (label(rewrite, key, record) for key in ("target_new", "target_true"))
     return EditRequest.from_dict(
         {
-            "prompt": template.replace("{}", subject),
+            "prompt": prompt,
             "target_new": new,
             "subject": subject,
             "ground_truth": old,
             "rephrase_prompts": take_texts(row, "paraphrase_prompts", record),
-            "locality": _locality(row, old, record),
+            "locality": _locality(row, new, old, record),
             "portability": {**one_hop(row, record), **_other_name(row, template, new, record)},
             "case_id": row.get("case_id"),
         },
@@ -64,16 +77,19 @@ def _convert(row: Mapping[str, Any], record: str) -> EditRequest:
     )
 
 
-def _locality(row: Mapping[str, Any], answer: str, record: str) -> dict[str, Any]:
+def _locality(row: Mapping[str, Any], new: str, old: str, record: str) -> dict[str, Any]:
     groups: dict[str, Any] = {}
-    for name, key in (("neighborhood", "neighborhood_prompts"), ("distracting", "distracting_neighborhood_prompts")):
+    for name, key, answer in (
+        ("neighborhood", "neighborhood_prompts", old),
+        ("distracting", "distracting_neighborhood_prompts", old),
+        ("attribute", "attribute_prompts", new),  # other subjects, of which the new answer is true already
+    ):
         prompts = take_texts(row, key, record)
-        if prompts:
-            groups[name] = {"prompt": prompts, "ground_truth": [answer] * len(prompts)}
+        groups[name] = {"prompt": prompts, "ground_truth": [answer] * len(prompts)} if prompts else None
     if row.get("unrelated_relation") is not None:
         other = take(row, "unrelated_relation", dict, record)
-        question, known = (take(other, key, str, record, "unrelated_relation.") for key in ("question", "object"))
-        groups["other_attribute"] = {"prompt": question, "ground_truth": known}
+        take(other, "question", str, record, "unrelated_relation.")
+        groups["other_attribute"] = take_probe(other, "question", "object", record, "unrelated_relation.")
     return groups
 
 
@@ -84,7 +100,7 @@ def _other_name(row: Mapping[str, Any], template: str, answer: str, record: str)
     return {"subject_replace": {"prompt": template.replace("{}", name), "ground_truth": answer}}
 
 
-COUNTERFACT = Layout("CounterFact", FIELDS, _convert)
+COUNTERFACT = Layout("CounterFact", lambda row: isinstance(row.get("requested_rewrite"), dict), convert, FIELDS)
 
 
 class CounterFactDataset(RecordDataset):
@@ -93,11 +109,13 @@ class CounterFactDataset(RecordDataset):
     Each item is a dict with ``prompt``, ``target_new``, ``ground_truth``, ``subject``, ``rephrase_prompt``,
     ``locality_prompt``, ``locality_ground_truth`` and ``case_id``; those of the original layout also have all
     ``paraphrase_prompts`` and ``neighborhood_prompts``. The requests have every probe: ``locality["neighborhood"]``
-    with the true answer of the edited fact, and ``distracting``, ``other_attribute``, ``portability["one_hop"]`` and
-    ``["subject_replace"]`` where the file has them.
+    with the true answer of the edited fact, ``["attribute"]`` with the new one, and ``distracting``,
+    ``other_attribute``, ``portability["one_hop"]`` and ``["subject_replace"]`` where the file has them.
     """
 
-    def _layout(self, rows: Sequence[dict[str, Any]]) -> Layout:
+    layout = COUNTERFACT
+
+    def _layout_of(self, rows: Sequence[dict[str, Any]]) -> Layout:
         return COUNTERFACT if any("requested_rewrite" in row for row in rows) else OWN
 
     def _item(self, record: Record) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from easyeditor.data.records import Layout, take_texts
+from easyeditor.data.records import Layout, is_answer, take_texts
 from easyeditor.errors import UsageError
 from easyeditor.requests import REQUEST_KEYS, EditRequest
 
@@ -14,6 +15,7 @@ PROBES = {"locality": "neighborhood", "portability": "one_hop"}
 FLAT_PROBES = tuple(f"{kind}_{end}" for kind in PROBES for end in ("prompt", "ground_truth"))
 SEVERAL = ("rephrase_prompt", "rephrase_prompts", "rephrase", *FLAT_PROBES)
 FIELDS = (*REQUEST_KEYS, *FLAT_PROBES, *ALIASES)
+TARGETS = ("target_new", "target")
 
 
 def split_cells(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,6 +47,10 @@ def _convert(row: Mapping[str, Any], record: str) -> EditRequest:
             raise UsageError(f"{record}, field '{key}': expected a text, got {raw[key]!r}.")
     if not isinstance(raw.get("case_id", 0), int):
         raise UsageError(f"{record}, field 'case_id': expected a number, got {raw['case_id']!r}.")
+    if not is_answer(raw.get("ground_truth", "")):
+        raise UsageError(
+            f"{record}, field 'ground_truth': expected a text or a list of accepted answers, got {raw['ground_truth']!r}."
+        )
     for key in ("rephrase_prompt", "rephrase_prompts"):
         raw[key] = take_texts(row, key, record)
     for kind, group in PROBES.items():
@@ -98,4 +104,8 @@ def _check_prompt(prompt: Any, name: str, record: str) -> None:
         raise UsageError(f"{record}, field '{name}': expected a text or a list of texts, got {prompt!r}.")
 
 
-OWN = Layout("a file of your own", FIELDS, _convert)
+def _told_by(row: Mapping[str, Any]) -> bool:
+    return any(difflib.get_close_matches(key, ("prompt", *TARGETS), n=1, cutoff=0.75) for key in row)
+
+
+OWN = Layout("a file of your own", _told_by, _convert, FIELDS, cells=split_cells)

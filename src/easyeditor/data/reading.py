@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from easyeditor.errors import UsageError
 SUFFIXES = (".json", ".jsonl", ".csv")
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def _never(_: Mapping[str, Any]) -> bool:
+    return False
+
+
+def read_rows(path: str | Path, whole: Callable[[Mapping[str, Any]], bool] = _never) -> list[dict[str, Any]]:
     """Read a file of records.
 
     Args:
         path: A ``.json`` file with a list of records (or an object whose only value is such a list), a ``.jsonl``
             file with one record per line, or a ``.csv`` file with a header row. UTF-8, with or without a BOM.
+        whole: Whether an object that is the whole of a ``.json`` file is a record, the only one.
 
     Returns:
         The records, in order. The cells of a CSV file are texts.
@@ -33,7 +39,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     text = _read_text(path)
     if not text.strip():
         raise UsageError(f"The file '{path}' is empty. Put at least one record into it.")
-    rows = {".json": _json, ".jsonl": _json_lines, ".csv": _csv}[suffix](text, path)
+    rows = _json(text, path, whole) if suffix == ".json" else {".jsonl": _json_lines, ".csv": _csv}[suffix](text, path)
     if not rows:
         raise UsageError(f"The file '{path}' holds no records. Put at least one into it.")
     for number, row in enumerate(rows, 1):
@@ -58,7 +64,7 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"The file '{path}' cannot be read: {error.strerror}.") from None
 
 
-def _json(text: str, path: Path) -> list[Any]:
+def _json(text: str, path: Path, whole: Callable[[Mapping[str, Any]], bool]) -> list[Any]:
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
@@ -70,6 +76,8 @@ def _json(text: str, path: Path) -> list[Any]:
     if isinstance(raw, list):
         return raw
     if isinstance(raw, dict):
+        if whole(raw):
+            return [raw]
         lists = [value for value in raw.values() if isinstance(value, list)]
         if len(raw) == 1 and len(lists) == 1:
             return list(lists[0])

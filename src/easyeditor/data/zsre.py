@@ -1,13 +1,17 @@
-"""zsRE (Levy et al., CoNLL 2017) in the layout of MEND (Mitchell et al., ICLR 2022, arXiv:2110.11309)."""
+"""zsRE (Levy et al., CoNLL 2017) in the layout of MEND (Mitchell et al., ICLR 2022, arXiv:2110.11309).
+
+The files that were added to it later have more fields: one hop, inverse relation, replaced subject (Yao et al., EMNLP
+2023, arXiv:2305.13172).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from easyeditor.data.counterfact import one_hop
 from easyeditor.data.dataset import RecordDataset
-from easyeditor.data.records import Layout, Record, matching_subject, take, take_texts
+from easyeditor.data.records import Layout, Record, matching_subject, take, take_probe, take_texts
 from easyeditor.requests import EditRequest
 
 FIELDS = (
@@ -28,40 +32,45 @@ FIELDS = (
 )
 
 
-def _has_edit(row: Mapping[str, Any]) -> bool:
+def has_edit(row: Mapping[str, Any]) -> bool:
+    """Whether the answer to edit in is not the empty text."""
     return row.get("alt") is None or not isinstance(row["alt"], str) or bool(row["alt"].strip())
 
 
-def _convert(row: Mapping[str, Any], record: str) -> EditRequest:
+def convert(row: Mapping[str, Any], record: str) -> EditRequest:
+    """Make a request of a record.
+
+    Raises:
+        UsageError: A field is missing or of another kind.
+    """
     prompt, new = take(row, "src", str, record), take(row, "alt", str, record)
-    answers = take_texts(row, "answers", record)
-    locality: dict[str, Any] = {}
-    if row.get("loc"):
-        question = take(row, "loc", str, record)
-        locality["neighborhood"] = {"prompt": question, "ground_truth": take(row, "loc_ans", str, record)}
-    portability = one_hop(row, record)
-    if row.get("inverse question"):
-        inverse, subject = take(row, "inverse question", str, record), take(row, "subject", str, record)
-        portability["inverse_relation"] = {"prompt": inverse, "ground_truth": subject}
-    if row.get("alter_subject_question"):
-        other = take(row, "alter_subject_question", str, record)
-        portability["subject_replace"] = {"prompt": other, "ground_truth": new}
     return EditRequest.from_dict(
         {
             "prompt": prompt,
             "target_new": new,
             "subject": matching_subject(row, prompt),
-            "ground_truth": answers[0] if answers else None,
+            "ground_truth": take_texts(row, "answers", record),
             "rephrase_prompts": take_texts(row, "rephrase", record),
-            "locality": locality,
-            "portability": portability,
+            "locality": {"neighborhood": take_probe(row, "loc", "loc_ans", record)},
+            "portability": {
+                **one_hop(row, record),
+                "inverse_relation": take_probe(row, "inverse question", "subject", record),
+                "subject_replace": take_probe({**row, "new": new}, "alter_subject_question", "new", record),
+            },
             "case_id": row.get("case_id"),
         },
         record,
     )
 
 
-ZSRE = Layout("zsRE", FIELDS, _convert, _has_edit, "their 'alt', the answer to edit in, is empty")
+ZSRE = Layout(
+    "zsRE",
+    lambda row: {"src", "alt"} <= row.keys(),
+    convert,
+    FIELDS,
+    usable=has_edit,
+    skipped="their 'alt', the answer to edit in, is empty",
+)
 
 
 class ZsreDataset(RecordDataset):
@@ -73,8 +82,7 @@ class ZsreDataset(RecordDataset):
     question is passed on as it stands in the file, with its "nq question: " if it has one.
     """
 
-    def _layout(self, rows: Sequence[dict[str, Any]]) -> Layout:
-        return ZSRE
+    layout = ZSRE
 
     def _item(self, record: Record) -> dict[str, Any]:
         row, request = record.row, record.request

@@ -65,4 +65,5 @@ def put_instead(lm: LM, edit: Edit, left: WeightEdit) -> str:
     ledger = Ledger.of(lm)
     new_id = ledger.replace(edit.id, left)
     notes = {**left.notes, "health": health(lm, left, applied=True)}
+    notes.pop("solved", None)
     return ledger.replace(new_id, dataclasses.replace(left, notes=notes))

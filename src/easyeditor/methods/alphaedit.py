@@ -56,6 +56,11 @@ class AlphaEditHyperParams(LeastSquares):
         super().check()
         if not self.L2 > 0:
             raise UsageError(f"Setting 'L2' of {self.alg_name} is {self.L2}. It has to be above 0.")
+        if not self.nullspace_threshold > 0:
+            raise UsageError(
+                f"Setting 'nullspace_threshold' of {self.alg_name} is {self.nullspace_threshold}. It has to be above "
+                "0: eigenvalues of the second moment below it count as zero."
+            )
 
 
 def prepare(lm: LM, hparams: AlphaEditHyperParams, corpus: Corpus | None = None) -> Mapping[str, Any]:
