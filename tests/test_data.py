@@ -223,7 +223,7 @@ def test_bom_semicolons_and_spaces(write: Write) -> None:
         ("lines.json", '{"prompt": "a"}\n{"prompt": "b"}', ["line 2", "name it .jsonl"]),
         ("broken.jsonl", '{"prompt": "a", "target_new": "b"}\n\n{"prompt": "a"\n', ["line 3", "one complete record"]),
         ("one.json", '{"prompt": "a", "target_new": "b"}', ["'prompt', 'target_new'", "put a single record into [ ]"]),
-        ("two.json", '{"success": [], "locality": []}', ["'success', 'locality'", "list of records"]),
+        ("two.json", '{"first": [], "second": []}', ["'first', 'second'", "list of records"]),
         ("number.json", "3", ["holds a number"]),
         ("mixed.json", '[{"prompt": "a", "target_new": "b"}, "c"]', ["record 2", "it is a text"]),
         ("records.txt", "prompt", ["ends in '.txt'", ".jsonl"]),
@@ -495,7 +495,14 @@ def test_published_files_as_datasets(kind: type[CounterFactDataset] | type[ZsreD
 
 @needs_data
 @pytest.mark.parametrize(
-    "name", ["counterfact/known_1000.json", "knowedit/trivia_qa_test.json", "mquake/AKEW_MQuAKE-CF.json"]
+    "name",
+    [
+        "counterfact/known_1000.json",
+        "dune/new_info.json",
+        "mmedit/caption_eval_edit.json",
+        "safety/detoxify_val_mild.json",
+        "pitfalls/GPT-J/round_prompts.json",
+    ],
 )
 def test_published_files_that_hold_no_edits_are_refused(name: str) -> None:
     refused(Path(DATA) / name, Path(name).name)

@@ -47,9 +47,10 @@ def _convert(row: Mapping[str, Any], record: str) -> EditRequest:
             raise UsageError(f"{record}, field '{key}': expected a text, got {raw[key]!r}.")
     if not isinstance(raw.get("case_id", 0), int):
         raise UsageError(f"{record}, field 'case_id': expected a number, got {raw['case_id']!r}.")
-    if not is_answer(raw.get("ground_truth", "")):
+    truth = raw.get("ground_truth", "")
+    if not is_answer(truth):
         raise UsageError(
-            f"{record}, field 'ground_truth': expected a text or a list of accepted answers, got {raw['ground_truth']!r}."
+            f"{record}, field 'ground_truth': expected a text or a list of accepted answers, got {truth!r}."
         )
     for key in ("rephrase_prompt", "rephrase_prompts"):
         raw[key] = take_texts(row, key, record)

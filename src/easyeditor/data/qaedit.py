@@ -30,9 +30,7 @@ def _convert(row: Mapping[str, Any], record: str) -> EditRequest:
     )
 
 
-QAEDIT = Layout(
-    "QAEdit", _told_by, _convert, ("id", "source", "prompt", "target", "subject", "rephrase", "locality")
-)
+QAEDIT = Layout("QAEdit", _told_by, _convert, ("id", "source", "prompt", "target", "subject", "rephrase", "locality"))
 
 
 class QAEditDataset(RecordDataset):

@@ -65,7 +65,7 @@ def convert(row: Mapping[str, Any], record: str) -> EditRequest:
 
 ZSRE = Layout(
     "zsRE",
-    lambda row: {"src", "alt"} <= row.keys(),
+    lambda row: {"src", "alt"} <= row.keys() and "image" not in row,
     convert,
     FIELDS,
     usable=has_edit,
