@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from easyeditor.cli import ask, demo, edit, evaluate, locate, merge, methods, models, show, stats, trace
+from easyeditor.cli import ask, data, demo, edit, evaluate, locate, merge, methods, models, show, stats, trace
 
 VERBS = (
     ("edit", edit.edit),
@@ -21,6 +21,7 @@ VERBS = (
     ("stats", stats.stats),
     ("methods", methods.methods),
     ("models", models.models),
+    ("data", data.data),
     ("demo", demo.demo),
 )
 
