@@ -1,0 +1,119 @@
+"""`run`: an experiment from its arguments to its folder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from easyeditor.bench.cost import machine, versions
+from easyeditor.bench.folder import check_place, opened
+from easyeditor.bench.log import Line
+from easyeditor.bench.plan import Plan, distinct, plan_of, pool_of
+from easyeditor.bench.results import Results
+from easyeditor.bench.runner import Runner, parts_of
+from easyeditor.editors.progress import tracked
+from easyeditor.lm.model import LM
+from easyeditor.registry import get_method
+from easyeditor.requests import EditRequest
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    methods: Sequence[str],
+    out: str | Path,
+    *,
+    model: str | LM = "tinyfacts",
+    data: str | Path | Sequence[EditRequest] = "tinyfacts",
+    n: int | None = None,
+    schedule: str = "single",
+    seeds: int = 1,
+    checkpoints: int = 5,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    max_new_tokens: int = 24,
+    test_generation: bool = False,
+    chat: bool = False,
+    dtype: str | None = None,
+    device: str | int | None = None,
+    cluster: str | None = None,
+) -> Results:
+    """Compare methods on a model; a run that was killed goes on where it was.
+
+    Args:
+        methods: The methods, such as ``["ROME", "MEMIT"]``. Controls are run beside them.
+        out: The folder of the run.
+        model: A folder, a hub id, ``tinyfacts``, or a loaded model without edits.
+        data: A file, ``tinyfacts`` (the bundled table's reporting half), or facts.
+        n: Facts per seed; None: 100, or as many as there are.
+        schedule: ``single``: each fact on the unedited model; ``batch:N``: N facts at once on the unedited model;
+            ``sequential:N``: N facts per edit, and all edits stay.
+        seeds: How many seeds; each chooses facts and their order and is the seed of whatever a method draws.
+        checkpoints: How often a sequential run scores all earlier edits again, the last time at the end.
+        settings: Method -> settings that go before the packaged row of the model.
+        max_new_tokens: The longest free answer, in tokens.
+        test_generation: Whether to score fluency too.
+        chat: Whether to go through the model's chat template.
+        dtype: In which precision to load; None: that of the checkpoint.
+        device: Where to put the model.
+        cluster: None: in this process; ``local``, ``local:2`` (two workers) or the address of a Ray cluster.
+
+    Returns:
+        What the run folder holds.
+
+    Raises:
+        UsageError: An argument is wrong, or the folder belongs to another run; nothing has been done.
+        EditFailed: The folder cannot be written; all finished cases are safe.
+    """
+    pool = pool_of(str(data), n) if isinstance(data, str | Path) else distinct(data)
+    plan = plan_of(
+        methods,
+        pool,
+        model=model.name if isinstance(model, LM) else model,
+        data=str(data) if isinstance(data, str | Path) else "facts that were passed",
+        n=n,
+        schedule=schedule,
+        seeds=seeds,
+        settings=settings,
+        checkpoints=checkpoints,
+        max_new_tokens=max_new_tokens,
+        test_generation=test_generation,
+        chat=chat,
+        dtype=dtype,
+        device=device,
+    )
+    folder = Path(out)
+    check_place(folder, plan.to_dict())
+    if cluster is not None:
+        from easyeditor.bench.cluster import spread_out
+
+        spread_out(plan, pool, model, folder, cluster)
+    else:
+        runner = Runner(plan, pool, model if isinstance(model, LM) else loaded(plan), folder)
+        with opened(folder, runner.header(), session_of(runner.lm)):
+            for _ in tracked(*lines_to_come(runner), label="bench"):
+                pass
+    return Results.of(folder)
+
+
+def loaded(plan: Plan) -> LM:
+    """The model of a plan."""
+    editable = any(get_method(name).kind != "prompt" for name in plan.methods)
+    return LM.load(plan.model, dtype=plan.dtype, device=plan.device, editable=editable)
+
+
+def session_of(lm: LM | None) -> dict[str, Any]:
+    """What is worth knowing of the process that works on a run."""
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"started": started, "versions": versions(), "machine": machine(lm)}
+
+
+def lines_to_come(runner: Runner) -> tuple[Iterator[Line], int]:
+    """The lines of a run that are still to be made, as they are made, and how many."""
+    parts = parts_of(runner.plan)
+    total = sum(runner.job(part).missing for part in parts)
+    if total and total < sum(runner.plan.n for _ in parts):
+        log.info("%d cases or checkpoint cases are still to be done; the run goes on.", total)
+    return (line for part in parts for line in runner.work(part)), total
