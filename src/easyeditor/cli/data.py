@@ -45,10 +45,11 @@ def data(
     if what is not None:
         _one(data_set(what), as_json)
         return
+    sets = sorted(DATA_SETS, key=lambda each: each.name)
     if as_json:
-        emit([_facts(each) for each in DATA_SETS])
+        emit([_facts(each) for each in sets])
         return
-    rows = [(each.name, each.task, each.size, each.licence, each.where, each.extra) for each in DATA_SETS]
+    rows = [(each.name, each.task, each.size, each.licence, each.where, each.extra) for each in sets]
     console = out()
     console.print(table("", ("name", "an edit is", "size", "licence", "full files", "extra"), rows))
     console.print("Files need no extra; where 'data' is named, a hub id can stand in the place of a file.")

@@ -69,7 +69,7 @@ DATA_SETS = (
         None,
         "MIT",
         "github: domenicrosati/longform-evaluation-model-editing",
-        (("longform_coupled_entities",), ("longform_subject", "personas", "multi_hop")),
+        (("neighborhood", "attribute", "longform_coupled_entities"), ("longform_subject", "personas", "multi_hop")),
     ),
     DataSet(
         "akew",
