@@ -12,9 +12,10 @@ from easyeditor.errors import UsageError
 log = logging.getLogger(__name__)
 
 PHASES = ("pre", "post", "final")
-PLAIN = ("rewrite_gen", "rephrase_gen", "rewrite_acc", "rephrase_acc")
-GROUPS = ("locality", "portability", "probability", "fluency")
-UNITS = ("_acc", "_gen", "ES", "PS", "NS", "ngram_entropy")
+UNITS = ("gen", "judge", "acc", "ppl")
+PLAIN = (*(f"{name}_{unit}" for unit in UNITS for name in ("rewrite", "rephrase")), "ood_acc")
+GROUPS = ("locality", "portability", "probability", "robustness", "text", "fluency")
+NO_SCORES = ("_output", "_content", "_next")  # what scores are made from
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -65,12 +66,15 @@ def _scores(phase: Mapping[str, Any]) -> Iterator[tuple[str, list[float | None],
 
     for name in PLAIN:
         if name in phase:
-            yield name, list(phase[name]), known(name.removesuffix("_acc"))
+            yield name, _listed(phase[name]), known(name.removesuffix("_acc"))
     for group in GROUPS:
         for name, values in (phase.get(group) or {}).items():
-            if name.endswith(UNITS):
-                listed = list(values) if isinstance(values, list | tuple) else [values]
-                yield f"{group}.{name}", listed, known(f"{group}.{name.removesuffix('_acc')}")
+            if not name.endswith(NO_SCORES):
+                yield f"{group}.{name}", _listed(values), known(f"{group}.{name.removesuffix('_acc')}")
+
+
+def _listed(values: Any) -> list[float | None]:
+    return list(values) if isinstance(values, list | tuple) else [values]
 
 
 def _mean(name: str, values: Sequence[float | None], protocols: set[str]) -> dict[str, Any]:

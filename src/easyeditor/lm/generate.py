@@ -16,9 +16,18 @@ from easyeditor.lm.model import LM, logits_of
 from easyeditor.lm.text import pad
 
 Choose = Callable[[Tensor], Tensor]  # (rows, vocab) -> (rows,)
+Watch = Callable[[int, Tensor], None]  # row, logits of its first new token (vocab,)
 
 
-def answer(lm: LM, prompts: Sequence[str], max_new_tokens: int = 24, batch_size: int = 8) -> list[str]:
+def answer(
+    lm: LM,
+    prompts: Sequence[str],
+    max_new_tokens: int = 24,
+    batch_size: int = 8,
+    *,
+    one_line: bool = True,
+    watch: Watch | None = None,
+) -> list[str]:
     """What the model says to each prompt, greedily.
 
     Args:
@@ -26,13 +35,16 @@ def answer(lm: LM, prompts: Sequence[str], max_new_tokens: int = 24, batch_size:
         prompts: Prompts as a person writes them; prompt edits and the chat template are applied here.
         max_new_tokens: The longest answer, in tokens.
         batch_size: Prompts per forward pass; it does not change the answers.
+        one_line: Whether a line break ends an answer.
+        watch: Called for each prompt with its index and the logits of the first token of its answer.
 
     Returns:
         One answer per prompt, without the prompt and without surrounding space.
     """
     rows = [list(lm.text.encode(lm.rewrite(prompt)).ids) for prompt in prompts]
-    out = continuations(lm, rows, max_new_tokens, batch_size)
-    return [lm.text.decode(ids).strip().split("\n")[0].strip() for ids in out]
+    out = continuations(lm, rows, max_new_tokens, batch_size, one_line=one_line, watch=watch)
+    texts = [lm.text.decode(ids).strip() for ids in out]
+    return [text.split("\n")[0].strip() for text in texts] if one_line else texts
 
 
 def sample(lm: LM, prompts: Sequence[str], max_new_tokens: int, seed: int, top_k: int = 5) -> list[str]:
@@ -66,6 +78,9 @@ def continuations(
     max_new_tokens: int,
     batch_size: int = 8,
     choose: Choose | None = None,
+    *,
+    one_line: bool = True,
+    watch: Watch | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each row, up to and without the one that ends the answer.
 
@@ -75,6 +90,8 @@ def continuations(
         max_new_tokens: The longest continuation.
         batch_size: Rows per forward pass.
         choose: Logits (rows, vocab) to tokens (rows,); None: the likeliest.
+        one_line: Whether a line break ends a continuation.
+        watch: Called for each row with its index and the logits of its first new token, (vocab,).
 
     Returns:
         One list of tokens per row.
@@ -83,7 +100,8 @@ def continuations(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for batch in _batches(lm, order, rows, batch_size):
         with torch.no_grad():
-            for i, ids in zip(batch, _batch(lm, [rows[i] for i in batch], max_new_tokens, choose), strict=True):
+            found = _batch(lm, batch, rows, max_new_tokens, choose, one_line, watch)
+            for i, ids in zip(batch, found, strict=True):
                 out[i] = ids
     return out
 
@@ -101,28 +119,41 @@ def _batches(lm: LM, order: list[int], rows: Sequence[Sequence[int]], batch_size
         yield batch
 
 
-def _batch(lm: LM, rows: list[Sequence[int]], max_new_tokens: int, choose: Choose | None) -> list[list[int]]:
-    ids, mask = pad(rows, lm.text.pad_id, "left", lm.device)
-    out: list[list[int]] = [[] for _ in rows]
-    running = list(range(len(rows)))
+def _batch(
+    lm: LM,
+    batch: list[int],
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    choose: Choose | None,
+    one_line: bool,
+    watch: Watch | None,
+) -> list[list[int]]:
+    ids, mask = pad([rows[i] for i in batch], lm.text.pad_id, "left", lm.device)
+    out: list[list[int]] = [[] for _ in batch]
+    running = list(range(len(batch)))
     step = _Seq2SeqStep(lm, ids, mask) if lm.seq2seq else _CausalStep(lm, ids, mask)
-    for _ in range(max_new_tokens):
+    for n in range(max_new_tokens):
         logits = step.logits()
         for processor in lm.processors:
             logits = processor(step.ids, logits)
+        for i, row in enumerate(batch) if watch and n == 0 else ():
+            watch(row, logits[i])
         chosen = (logits.argmax(-1) if choose is None else choose(logits)).to(ids.device)
+        tokens = chosen.tolist()
         for i in list(running):
-            token = int(chosen[i])
-            if token in lm.text.eos_ids or (
-                out[i] and "\n" in lm.text.tokenizer.decode([token]) and lm.text.decode(out[i]).strip()
-            ):
+            if tokens[i] in lm.text.eos_ids or (one_line and _breaks(lm, tokens[i], out[i])):
                 running.remove(i)
             else:
-                out[i].append(token)
+                out[i].append(tokens[i])
         if not running:
             break
         step.append(chosen)
     return out
+
+
+def _breaks(lm: LM, token: int, before: list[int]) -> bool:
+    """Whether a token is a line break behind some text."""
+    return bool(before) and "\n" in lm.text.tokenizer.decode([token]) and bool(lm.text.decode(before).strip())
 
 
 class _CausalStep:

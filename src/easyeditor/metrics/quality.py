@@ -1,4 +1,4 @@
-"""All core scores of requests on a model as it is now: reliability, generalisation, locality, portability, fluency.
+"""All scores of requests on a model as it is now: reliability, generalisation, locality, portability, fluency, and more.
 
 Every probe of every request goes into two batches: one is answered freely, one is read with the answer given. Locality
 has no score of its own in one measurement; `compare_locality` makes it from two.
@@ -10,18 +10,24 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from easyeditor.lm.generate import answer, sample
+from torch import Tensor
+
+from easyeditor.lm.generate import answer
 from easyeditor.lm.model import LM
-from easyeditor.metrics.fluency import ngram_entropy
+from easyeditor.metrics.divergence import jensen_shannon, next_token
+from easyeditor.metrics.extra import fluency, judged, long_answers, robustness
 from easyeditor.metrics.likelihood import Reading, read
+from easyeditor.metrics.locality import kind
+from easyeditor.metrics.old_scores import as_existing_scripts
 from easyeditor.metrics.protocol import protocol
+from easyeditor.metrics.robustness import questions
+from easyeditor.metrics.scores import Scores
 from easyeditor.metrics.text import exact_match, same_text
 from easyeditor.requests import EditRequest, Probe
 
 log = logging.getLogger(__name__)
 
 Pairs = dict[tuple[str, str], Reading]
-FLUENCY_TOKENS = 100
 
 
 def quality(
@@ -32,6 +38,7 @@ def quality(
     batch_size: int = 16,
     test_generation: bool = False,
     seed: int = 0,
+    scores: Scores | None = None,
 ) -> list[dict[str, Any]]:
     """Measure requests.
 
@@ -42,20 +49,45 @@ def quality(
         batch_size: Prompts per forward pass; it does not change the scores.
         test_generation: Whether to generate a longer text for fluency.
         seed: Of that text.
+        scores: What to compute besides; None: nothing.
 
     Returns:
         One dict per request: ``rewrite_acc``, ``rewrite_gen``, ``rephrase_...``, ``locality``, ``portability``,
-        ``probability`` (ES, PS, NS), ``fluency`` and ``metric_meta``. What cannot be scored is None.
+        ``probability`` (ES, PS, NS), ``fluency``, what `scores` asks for, and ``metric_meta``. What cannot be scored
+        is None.
+
+    Raises:
+        MissingExtra: A score was asked for whose package is not installed.
     """
+    wanted = scores or Scores()
     _warn_of_long_answers(lm, requests, max_new_tokens)
-    prompts = list(dict.fromkeys(prompt for request in requests for prompt in _prompts(request)))
-    said = dict(zip(prompts, answer(lm, prompts, max_new_tokens, batch_size), strict=True))
-    pairs = read(lm, [pair for request in requests for pair in _pairs(request)], batch_size)
+    asked = [questions(request, forms=wanted.robustness, prefix=wanted.prefix) for request in requests]
+    core = [prompt for request in requests for prompt in _prompts(request)]
+    prompts = list(dict.fromkeys([*core, *(question.prompt for listed in asked for question in listed)]))
+    following: dict[str, str | None] = {}
+
+    def watch(row: int, logits: Tensor) -> None:
+        following[prompts[row]] = next_token(logits)
+
+    texts = answer(lm, prompts, max_new_tokens, batch_size, watch=watch if wanted.divergence else None)
+    said = dict(zip(prompts, texts, strict=True))
+    own = [pair for request in requests for pair in _pairs(request)]
+    pairs = read(lm, [*own, *(pair for listed in asked for q in listed for pair in q.pairs())], batch_size)
     out = [_one(lm, request, said, pairs) for request in requests]
-    for request, scores in zip(requests, out, strict=True) if test_generation else ():
-        text = sample(lm, [lm.rewrite(request.prompt)], FLUENCY_TOKENS, seed)
-        scores["fluency"] = {"ngram_entropy": ngram_entropy(text)}
-        scores["metric_meta"]["fluency.ngram_entropy"] = protocol(lm, "sampled", "ngram_entropy")
+    for request, listed, found in zip(requests, asked, out, strict=True):
+        if wanted.divergence:
+            for name, probes in request.locality.items():
+                found["locality"][f"{name}_next"] = [following.get(probe.prompt) for probe in probes]
+        if listed:
+            robustness(lm, listed, said, pairs, found, wanted)
+    if test_generation:
+        fluency(lm, requests, out, batch_size, seed)
+    if wanted.texts:
+        long_answers(lm, requests, out, wanted, batch_size)
+    if wanted.judge is not None:
+        judged(lm, requests, out, wanted.judge)
+    for request, found in zip(requests, out, strict=True):
+        as_existing_scripts(lm, request, found, pairs, wanted)
     return out
 
 
@@ -79,16 +111,29 @@ def compare_locality(lm: LM, before: Mapping[str, Any], after: dict[str, Any]) -
     Args:
         lm: The model of the later measurement.
         before: The measurement on the pristine model.
-        after: The later one; gets ``locality.<name>_acc`` (share of equal tokens) and ``_gen`` (equal free answers).
+        after: The later one; gets ``locality.<name>_acc`` (share of equal tokens), ``_gen`` (equal free answers) and,
+            where both hold distributions, ``_js`` (Jensen-Shannon divergence of the next token, in bits).
     """
-    old, new = before["locality"], after["locality"]
+    old, new, meta = before["locality"], after["locality"], after["metric_meta"]
     for name in [key.removesuffix("_gen_content") for key in new if key.endswith("_gen_content")]:
-        tokens = zip(old[f"{name}_output"], new[f"{name}_output"], strict=True)
         texts = zip(old[f"{name}_gen_content"], new[f"{name}_gen_content"], strict=True)
-        new[f"{name}_acc"] = [None if a is None or b is None else _share(a, b) for a, b in tokens]
         new[f"{name}_gen"] = [same_text(a, b) for a, b in texts]
-        after["metric_meta"][f"locality.{name}"] = protocol(lm, "agreement", f"{name}_acc")
-        after["metric_meta"][f"locality.{name}_gen"] = protocol(lm, "generated_agreement", f"{name}_gen")
+        if f"{name}_output" in old and f"{name}_output" in new:
+            tokens = zip(old[f"{name}_output"], new[f"{name}_output"], strict=True)
+            new[f"{name}_acc"] = [None if a is None or b is None else _share(a, b) for a, b in tokens]
+            meta[f"locality.{name}"] = protocol(lm, "agreement", f"{name}_acc")
+        else:
+            new[f"{name}_acc"] = list(new[f"{name}_gen"])
+            meta[f"locality.{name}"] = protocol(lm, "generated_agreement", f"{name}_acc")
+        meta[f"locality.{name}_gen"] = protocol(lm, "generated_agreement", f"{name}_gen")
+        following = new.pop(f"{name}_next", None)  # only what comes before is compared with again
+        if following is not None and f"{name}_next" in old:
+            both = zip(old[f"{name}_next"], following, strict=True)
+            new[f"{name}_js"] = [None if a is None or b is None else jensen_shannon(a, b) for a, b in both]
+            meta[f"locality.{name}_js"] = protocol(lm, "divergence", f"{name}_js")
+        for key in (f"locality.{name}", f"locality.{name}_gen", f"locality.{name}_js"):
+            if key in meta:
+                meta[key]["kind"] = kind(name)
 
 
 def _prompts(request: EditRequest) -> list[str]:

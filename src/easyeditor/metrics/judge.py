@@ -1,0 +1,237 @@
+"""A judge: another model that says whether a free answer is right. Never required, never the last word.
+
+The judge is any OpenAI-compatible endpoint or a local model. Verdicts are kept on disk by their content, so that a run
+that is repeated asks nothing twice. Where the judge does not answer, or not in the way asked for, the answer is
+unscored; nothing that was finished is lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import logging
+import re
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from easyeditor.errors import UsageError
+from easyeditor.lm.generate import answer
+from easyeditor.lm.model import LM
+
+log = logging.getLogger(__name__)
+
+ASK = """Question: {question}
+Reference answers: {answers}
+Answer to judge: {said}
+
+Does the answer to judge give the same information as one of the reference answers? Ignore wording, case and \
+punctuation. Say one letter: A if it does, B if it does not."""
+VERDICT = re.compile(r"\W*(?:(?:the )?(?:answer|verdict)(?: is)?\W+)?(A|B)\s*(?:[\W_]|$)\s*(?![a-z])", re.IGNORECASE)
+AGAIN = (408, 409, 425, 429)  # these, and all from 500 on, may go away
+TOKENS = 8
+
+
+class Case(NamedTuple):
+    """What is judged.
+
+    Args:
+        question: What the model was asked.
+        answers: The accepted answers.
+        said: What it said.
+    """
+
+    question: str
+    answers: tuple[str, ...]
+    said: str
+
+
+class Judge:
+    """Says whether answers are right.
+
+    Args:
+        model: The judge's name at its endpoint, or a local `LM`.
+        base_url: The endpoint, up to ``/v1``; None for a local model.
+        api_key: Its key; it is sent in the header and stands nowhere else.
+        cache: A JSONL file of verdicts; None: they are kept in memory only.
+        calls: The most requests to the endpoint in the life of this object, retries included.
+        retries: How often a request that failed is repeated.
+        wait: Seconds before the first repetition; doubled each time.
+        timeout: Seconds until a request counts as failed.
+        workers: Requests at the same time.
+
+    Raises:
+        UsageError: Neither an endpoint nor a local model, or a cache that cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: str | LM,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        cache: str | Path | None = None,
+        calls: int = 1000,
+        retries: int = 3,
+        wait: float = 1.0,
+        timeout: float = 30.0,
+        workers: int = 4,
+    ) -> None:
+        if isinstance(model, str) and urllib.parse.urlsplit(base_url or "").scheme not in ("http", "https"):
+            raise UsageError(
+                f"The judge '{model}' has the address '{base_url}'. Expected an http or https URL, such as "
+                "'http://localhost:8000/v1'; or pass an LM as a local judge."
+            )
+        self.model, self.base_url, self.api_key = model, (base_url or "").rstrip("/"), api_key
+        self.calls, self.retries, self.wait, self.timeout, self.workers = calls, retries, wait, timeout, workers
+        self.cache = Path(cache) if cache else None
+        self.silent: str | None = None  # why the judge is asked nothing more
+        self._lock = threading.Lock()
+        self._known = _read(self.cache) if self.cache else {}
+
+    @property
+    def name(self) -> str:
+        """The judge in a protocol."""
+        return self.model if isinstance(self.model, str) else self.model.name
+
+    def __repr__(self) -> str:
+        return f"Judge({self.name!r}, {self.base_url!r})"  # without the key
+
+    def verdicts(self, cases: Iterable[Case]) -> list[float | None]:
+        """Judge answers.
+
+        Args:
+            cases: What to judge; equal cases are asked once.
+
+        Returns:
+            1.0 for right, 0.0 for wrong, None for unscored: no accepted answer, or no verdict.
+        """
+        listed = list(cases)
+        new = {case for case in listed if case.answers and self._key(case) not in self._known}
+        missing = [case for case in dict.fromkeys(listed) if case in new]
+        if isinstance(self.model, LM):
+            texts = answer(self.model, [_text(case) for case in missing], TOKENS)
+            for case, text in zip(missing, texts, strict=True):
+                self._note(case, text)
+        elif missing and self.silent is None:
+            with ThreadPoolExecutor(max(self.workers, 1)) as pool:
+                list(pool.map(self._ask, missing))
+        found = [self._known.get(self._key(case)) if case.answers else None for case in listed]
+        unscored = sum(verdict is None for case, verdict in zip(listed, found, strict=True) if case.answers)
+        if unscored:
+            log.warning(
+                "The judge %s left %d of %d answers without a verdict; they are unscored. %s",
+                self.name,
+                unscored,
+                len(listed),
+                self.silent or "It did not say A or B.",
+            )
+        return found
+
+    def _key(self, case: Case) -> str:
+        """The content of a verdict: judge, instruction, question, accepted answers, answer."""
+        content = json.dumps([self.name, self.base_url, ASK, case.question, sorted(case.answers), case.said])
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _ask(self, case: Case) -> None:
+        if self.silent is None and (text := self._said(_text(case))) is not None:
+            self._note(case, text)
+
+    def _note(self, case: Case, text: str) -> None:
+        """Keep a verdict at once; what is no verdict is not kept, so that it is asked again another time."""
+        found = VERDICT.match(text)
+        if found is None:
+            return
+        verdict = float(found.group(1).upper() == "A")
+        with self._lock:
+            self._known[self._key(case)] = verdict
+            if self.cache:
+                line = {"key": self._key(case), "verdict": verdict, "judge": self.name, **case._asdict()}
+                try:
+                    self.cache.parent.mkdir(parents=True, exist_ok=True)
+                    with self.cache.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                except OSError as error:
+                    log.warning("Verdicts cannot be kept in '%s': %s.", self.cache, error.strerror)
+                    self.cache = None
+
+    def _said(self, text: str) -> str | None:
+        """What the endpoint says, or None; a failure that repetition does not mend ends all asking."""
+        pause, reason = self.wait, ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(pause)
+                pause *= 2
+            if not self._may_call():
+                return None
+            try:
+                return _content(self._post(text))
+            except urllib.error.HTTPError as error:
+                reason = f"it answered {error.code} {error.reason}"
+                error.close()
+                if error.code not in AGAIN and error.code < 500:
+                    break
+            except (OSError, http.client.HTTPException) as error:  # no connection, a timeout, a broken answer
+                reason = f"it cannot be reached ({getattr(error, 'reason', None) or error or type(error).__name__})"
+            except ValueError:
+                return ""  # an answer that is none; another question may get one
+        self.silent = f"Asking stopped: {reason}. Check address, model name and key; finished scores are kept."
+        return None
+
+    def _may_call(self) -> bool:
+        with self._lock:
+            if self.calls <= 0:
+                self.silent = self.silent or "Its budget of calls is used up; raise 'calls'."
+            if self.silent is not None:
+                return False
+            self.calls -= 1
+            return True
+
+    def _post(self, text: str) -> Any:
+        body = {
+            "model": self.name,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0,
+            "max_tokens": TOKENS,
+        }
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        request = urllib.request.Request(f"{self.base_url}/chat/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+            return json.loads(reply.read().decode("utf-8", "replace"))
+
+
+def _text(case: Case) -> str:
+    answers = "; ".join(dict.fromkeys(case.answers))
+    return ASK.format(question=case.question, answers=answers, said=case.said or "(nothing)")
+
+
+def _content(reply: Any) -> str:
+    try:
+        return str(reply["choices"][0]["message"]["content"])
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("not an answer") from None
+
+
+def _read(path: Path) -> dict[str, float]:
+    """The verdicts of a file; a line that a killed run left unfinished is closed and skipped."""
+    if path.is_dir():
+        raise UsageError(f"The cache of verdicts '{path}' is a folder. Name a file, such as '{path}/verdicts.jsonl'.")
+    if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+    out: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+            out[str(entry["key"])] = float(entry["verdict"])
+        except (ValueError, KeyError, TypeError):
+            log.info("A line of '%s' is no verdict; it is skipped.", path)
+    return out
