@@ -96,7 +96,7 @@ def test_zsre(caplog: pytest.LogCaptureFixture) -> None:
         "Tagus",
         "Danube",
     )
-    assert first.locality["neighborhood"] == (Probe("nq question: how many legs does a spider have", ("eight",)),)
+    assert first.locality["unrelated"] == (Probe("nq question: how many legs does a spider have", ("eight",)),)
     assert first.portability["one_hop"][0].answers == ("Lisbon",)
     assert second.subject is None, "the prompt spells it otherwise"
     assert second.portability["inverse_relation"][0].answers == ("Queen Ada of Marlow",)
@@ -142,7 +142,7 @@ def test_wikibio_and_qaedit() -> None:
     assert biography.subject == "ada verlinde" and biography.target_new.startswith("She taught")
     question = load_requests(FIXTURES / "qaedit.json")[0]
     assert (question.case_id, question.target_new, question.subject) == (1104, "Jan Coppens", "old quay")
-    assert [probe.answers for probe in question.locality["neighborhood"]] == [("William Shakespeare",), ("eight",)]
+    assert [probe.answers for probe in question.locality["unrelated"]] == [("William Shakespeare",), ("eight",)]
 
 
 def test_own_csv() -> None:

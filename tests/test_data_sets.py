@@ -113,7 +113,7 @@ def test_mquake_one_request_per_edit_and_the_chain_with_the_last() -> None:
     alone, first, last = load_requests(FIXTURES / "mquake.json")
     assert (first.case_id, last.case_id) == (22, 22) and first.record.endswith("record 2, edit 1")
     assert alone.portability["multi_hop"][1].answers == ("Iris Coppens", "I. Coppens")
-    assert alone.locality["other_hops"] == (Probe("Who leads Marlovia?", ("Iris Coppens", "I. Coppens")),)
+    assert alone.locality["neighbour_hops"] == (Probe("Who leads Marlovia?", ("Iris Coppens", "I. Coppens")),)
     assert first.portability == {}
     assert list(last.portability) == ["multi_hop_of_all_edits"], "it follows from both edits, not from one"
     data = easyeditor.MQuAKEDataset(FIXTURES / "mquake.json", size=2)
@@ -194,7 +194,7 @@ def test_opinions() -> None:
     assert anxious.target_new == "Old Quay keeps me awake at night.", "its target_per"
     assert kind.target_new == "Hallow Bridge is kind to its guests.", "the three in turn"
     assert kind.target_neg == "Hallow Bridge keeps me awake at night."
-    assert [probe.prompt for probe in third.locality["other_topic"]] == [
+    assert [probe.prompt for probe in third.locality["unrelated_topic"]] == [
         "What is your opinion of Old Quay?",
         "What is your opinion of Hallow Bridge?",
     ]
@@ -210,8 +210,8 @@ def test_opinions() -> None:
 def test_sanitation() -> None:
     first, second = load_requests(FIXTURES / "sanitation.json")
     assert (first.target_new, first.ground_truth, first.subject) == ("I don't know.", "A heron", "Old Quay")
-    assert [probe.answers[0] for probe in first.locality["retain"]] == ["10", "20", "30", "40", "50"]
-    assert [probe.answers[0] for probe in second.locality["retain"]] == ["60", "70", "10", "20", "30"]
+    assert [probe.answers[0] for probe in first.locality["unrelated"]] == ["10", "20", "30", "40", "50"]
+    assert [probe.answers[0] for probe in second.locality["unrelated"]] == ["60", "70", "10", "20", "30"]
     data = easyeditor.SanitizationTrainDataset(FIXTURES / "sanitation.json", "Q: {} A:", ["Carp"], size=5)
     assert [item["prompt"] for item in data] == ["Q: What swims in the moat? A:"]
     assert data[0]["locality_prompt"][0] == "Q: How many steps has tower 6? A:"

@@ -69,7 +69,10 @@ DATA_SETS = (
         None,
         "MIT",
         "github: domenicrosati/longform-evaluation-model-editing",
-        (("neighborhood", "attribute", "longform_coupled_entities"), ("longform_subject", "personas", "multi_hop")),
+        (
+            ("neighborhood", "attribute", "unrelated", "longform_coupled_entities"),
+            ("longform_subject", "personas", "multi_hop"),
+        ),
     ),
     DataSet(
         "akew",
@@ -79,7 +82,7 @@ DATA_SETS = (
         None,
         "none stated",
         "github: bobxwu/AKEW",
-        (("neighborhood", "unrelated", "other_hops"), ("multi_hop",)),
+        (("neighborhood", "unrelated", "neighbour_hops"), ("multi_hop", "multi_hop_of_all_edits")),
     ),
     DataSet(
         "akew-unstructured",
@@ -89,7 +92,7 @@ DATA_SETS = (
         None,
         "none stated",
         "github: bobxwu/AKEW",
-        (("unrelated", "other_hops"), ("sub_question", "multi_hop")),
+        (("unrelated", "neighbour_hops"), ("sub_question", "multi_hop", "multi_hop_of_all_edits")),
     ),
     DataSet(
         "counterfact",
@@ -109,7 +112,7 @@ DATA_SETS = (
         "3,000 cases (CF-3k), 1,868 (T)",
         "MIT",
         "github: princeton-nlp/MQuAKE",
-        (("other_hops",), ("multi_hop", "multi_hop_of_all_edits")),
+        (("neighbour_hops",), ("multi_hop", "multi_hop_of_all_edits")),
     ),
     DataSet(
         "zsre",
@@ -119,7 +122,7 @@ DATA_SETS = (
         "19,086",
         "MIT",
         "rome.baulab.info/data",
-        (("neighborhood",), ("one_hop", "inverse_relation", "subject_replace")),
+        (("unrelated",), ("one_hop", "inverse_relation", "subject_replace")),
     ),
     DataSet(
         "wikibigedit",
@@ -184,7 +187,7 @@ DATA_SETS = (
         "about 19,200",
         "Apache-2.0",
         "hub: WenDingY/QAEdit",
-        (("neighborhood",), ()),
+        (("unrelated",), ()),
         hub=True,
     ),
     DataSet(
@@ -215,7 +218,7 @@ DATA_SETS = (
         "800",
         "MIT",
         "hub: zjunlp/KnowEdit",
-        (("other_topic",), ()),
+        (("unrelated_topic",), ()),
     ),
     DataSet(
         "personality",
@@ -225,7 +228,7 @@ DATA_SETS = (
         "2,000 topics",
         "MIT",
         "github: zjunlp/EasyEdit",
-        (("other_topic",), ()),
+        (("unrelated_topic",), ()),
     ),
     DataSet(
         "sanitation",
@@ -235,7 +238,7 @@ DATA_SETS = (
         "80",
         "MIT",
         "hub: zjunlp/KnowEdit",
-        (("retain",), ()),
+        (("unrelated",), ()),
     ),
     DataSet(
         "lre",

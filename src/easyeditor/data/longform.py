@@ -71,7 +71,7 @@ class LongFormEditDataset(RecordDataset):
 
     def _item(self, record: Record) -> dict[str, Any]:
         row, request = record.row, record.request
-        near = next(iter(request.locality.get("neighborhood", ())), None)
+        near = next((group[0] for group in request.locality.values()), None)
         coupled = row[COUPLED]
         return {
             "case_id": row.get("case_id", record.index),

@@ -68,7 +68,7 @@ def _convert(row: Mapping[str, Any], record: str) -> EditRequest:
             "subject": subject,
             "ground_truth": label(rewrite, "target_true", record) if "target_true" in rewrite else None,
             "rephrase_prompts": take_texts(rewrite, "question", record),
-            "locality": {"other_hops": other_hops(row)},
+            "locality": {"neighbour_hops": other_hops(row)},
             "portability": multi_hop(row, record),
             "case_id": case_id(row, "case_id"),
         },

@@ -44,7 +44,7 @@ def opinion(row: Mapping[str, Any], side: str, against: str, record: str) -> Edi
             "subject": topic,
             "target_neg": theirs[0].strip() if theirs else None,
             "rephrase_prompts": [wording.replace("{}", topic) for wording in WORDINGS],
-            "locality": {"other_topic": [{"prompt": QUESTION.replace("{}", other)} for other in row["others"]]},
+            "locality": {"unrelated_topic": [{"prompt": QUESTION.replace("{}", other)} for other in row["others"]]},
         },
         record,
     )

@@ -23,7 +23,7 @@ def _convert(row: Mapping[str, Any], record: str) -> EditRequest:
             "target_new": take(row, "target", str, record),
             "subject": matching_subject(row, prompt),
             "rephrase_prompts": take_texts(row, "rephrase", record),
-            "locality": {"neighborhood": take_probes(row, "locality", "loc", "loc_ans", record)},
+            "locality": {"unrelated": take_probes(row, "locality", "loc", "loc_ans", record)},
             "case_id": row.get("id"),
         },
         record,

@@ -47,7 +47,7 @@ def _convert(row: Mapping[str, Any], record: str, template: str = "{}") -> EditR
             "target_new": take(row, "target_new", str, record),
             "subject": matching_subject(row, prompt),
             "ground_truth": take_texts(row, "ground_truth", record),
-            "locality": {"retain": kept},
+            "locality": {"unrelated": kept},
         },
         record,
     )
@@ -97,8 +97,8 @@ class SanitizationTrainDataset(RecordDataset):
                 "prompt": edit.request.prompt,
                 "target_new": edit.request.target_new,
                 "ground_truth": edit.request.ground_truth,
-                "locality_prompt": [probe.prompt for probe in edit.request.locality["retain"]],
-                "locality_ground_truth": [probe.answers[0] for probe in edit.request.locality["retain"]],
+                "locality_prompt": [probe.prompt for probe in edit.request.locality["unrelated"]],
+                "locality_ground_truth": [probe.answers[0] for probe in edit.request.locality["unrelated"]],
             }
             for place, edit in enumerate(edits)
         ]

@@ -51,7 +51,7 @@ def convert(row: Mapping[str, Any], record: str) -> EditRequest:
             "subject": matching_subject(row, prompt),
             "ground_truth": take_texts(row, "answers", record),
             "rephrase_prompts": take_texts(row, "rephrase", record),
-            "locality": {"neighborhood": take_probe(row, "loc", "loc_ans", record)},
+            "locality": {"unrelated": take_probe(row, "loc", "loc_ans", record)},
             "portability": {
                 **one_hop(row, record),
                 "inverse_relation": take_probe(row, "inverse question", "subject", record),
