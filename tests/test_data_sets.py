@@ -464,3 +464,17 @@ def test_published_chains_as_paragraphs() -> None:
         requests = load_requests(path, layout="akew-unstructured")
         assert len(requests) == len(load_requests(path))
         assert all(request.portability["sub_question"] for request in requests)
+
+
+# The page
+
+
+def test_the_page_says_what_the_list_says() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    lines = page.splitlines()
+    for each in DATA_SETS:
+        facts, asked = (line for line in lines if line.startswith(f"| `{each.name}` |"))
+        for part in (each.task, each.size or "not stated", each.licence, each.where, each.reader or "-"):
+            assert part in facts, (each.name, part)
+        for names in each.groups:
+            assert all(f"`{name}`" in asked for name in names if not name.startswith("...")), each.name

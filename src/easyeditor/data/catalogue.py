@@ -81,7 +81,7 @@ DATA_SETS = (
         "facts that are also told as a paragraph; here the facts",
         None,
         "none stated",
-        "github: bobxwu/AKEW",
+        "github: jianghoucheng/AnyEdit (data/AKEW)",
         (("neighborhood", "unrelated", "neighbour_hops"), ("multi_hop", "multi_hop_of_all_edits")),
     ),
     DataSet(
@@ -91,7 +91,7 @@ DATA_SETS = (
         "the same; here the paragraphs (only with --as)",
         None,
         "none stated",
-        "github: bobxwu/AKEW",
+        "github: jianghoucheng/AnyEdit (data/AKEW)",
         (("unrelated", "neighbour_hops"), ("sub_question", "multi_hop", "multi_hop_of_all_edits")),
     ),
     DataSet(
@@ -128,7 +128,7 @@ DATA_SETS = (
         "wikibigedit",
         WIKIBIGEDIT,
         "WikiBigEditDataset",
-        "real changes of Wikidata over eight months; also UltraEditBench",
+        "real changes of Wikidata in eight snapshots; also UltraEditBench",
         "502,382",
         "Apache-2.0",
         "hub: lukasthede/WikiBigEdit",
