@@ -77,9 +77,7 @@ def faults(pairs: Iterable[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list
     if moved:
         found.append(f"THE NO-OP CONTROL FAILS: its locality is below 1 in {moved} of {n} cases.")
     if unlike:
-        found.append(
-            f"THE NO-OP CONTROL FAILS: its scores are not those of the unedited model in {unlike} of {n} cases."
-        )
+        found.append(f"THE NO-OP CONTROL FAILS: its scores are not the unedited model's in {unlike} of {n} cases.")
     return [f"{each} No other number of this run can be trusted." for each in found]
 
 

@@ -1,9 +1,9 @@
 """The folder of a run: `run.json`, which says what it is, the answers before, and one log per row and seed.
 
-run.json                          versions, machine, model, data, settings, protocol
-before*.jsonl                     what the unedited model answers, one line per fact
-rows/ROME/seed0/log*.jsonl        one line per finished case; lines of checkpoints; what the row cost once
-rows/ROME/seed0/edits/000007/     the edits of step 7, while a sequential row is not finished
+* ``run.json``: versions, machine, model, data, settings, protocol;
+* ``before*.jsonl``: what the unedited model answers, one line per fact;
+* ``rows/ROME/seed0/log*.jsonl``: one line per finished case, lines of checkpoints, and what the row cost once;
+* ``rows/ROME/seed0/edits/000007/``: the edits of step 7, while a sequential row is not finished.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def _check_same(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any])
     for name in here:
         if there.get(name) != here[name]:
             raise UsageError(
-                f"'{folder}' holds another run: its {name} is {_short(there.get(name))}, this one's {_short(here[name])}. "
-                "Choose another --out, or give the same arguments to go on with it."
+                f"'{folder}' holds another run: its {name} is {_short(there.get(name))}, here it is "
+                f"{_short(here[name])}. Choose another --out, or give the same arguments to go on with it."
             )
 
 

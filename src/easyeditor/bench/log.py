@@ -67,8 +67,8 @@ def read(path: Path) -> list[Line]:
             found = None
         if not isinstance(found, dict):
             raise DamagedFile(
-                f"'{path}', line {number}, is not a line of a run log. Restore the file from a copy, or delete the line "
-                "and run the same command again: what is missing is then made again."
+                f"'{path}', line {number}, is not a line of a run log. Restore the file from a copy, or delete the "
+                "line and run the same command again: what is missing is then made again."
             )
         out.append(found)
     return out
@@ -90,8 +90,8 @@ def written(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise EditFailed(
-            f"'{path}' could not be written: {error.strerror or error}. All finished cases are safe; free some space or "
-            "correct the permissions, and run the same command again: it goes on where it was."
+            f"'{path}' could not be written: {error.strerror or error}. All finished cases are safe; free some space "
+            "or correct the permissions, and run the same command again: it goes on where it was."
         ) from error
 
 
@@ -114,9 +114,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UsageError(
-                f"Another process is working in '{folder}'. Wait for it, or choose another --out."
-            ) from None
+            raise UsageError(f"Another process is working in '{folder}'. Wait, or choose another --out.") from None
         yield
 
 

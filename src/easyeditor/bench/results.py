@@ -132,6 +132,15 @@ class RowResult:
         found = {name: Mean.of([scores[name] for scores in scored if name in scores]) for name in names}
         return {name: mean for name, mean in found.items() if mean is not None}
 
+    @cached_property
+    def protocols(self) -> dict[str, str]:
+        """Score -> under what it was made."""
+        found: dict[str, str] = {}
+        for line in self.cases:
+            for name, score in summarise([{"post": line["post"]}]).get("post", {}).items():
+                found.setdefault(name, score["protocol"])
+        return found
+
     def headlines(self, phase: str) -> dict[str, Mean]:
         """Reliability, generalisation, locality and portability, as far as there are probes."""
         return _headlines(self.scored(phase))

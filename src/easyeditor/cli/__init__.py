@@ -8,7 +8,22 @@ from typing import Annotated, Literal
 
 import typer
 
-from easyeditor.cli import ask, data, demo, edit, evaluate, locate, merge, methods, models, show, stats, trace
+from easyeditor.cli import (
+    ask,
+    bench,
+    data,
+    demo,
+    edit,
+    evaluate,
+    locate,
+    merge,
+    methods,
+    models,
+    report,
+    show,
+    stats,
+    trace,
+)
 
 VERBS = (
     ("edit", edit.edit),
@@ -16,6 +31,8 @@ VERBS = (
     ("merge", merge.merge),
     ("show", show.show),
     ("eval", evaluate.evaluate),
+    ("bench", bench.bench),
+    ("report", report.report),
     ("trace", trace.trace),
     ("locate", locate.locate),
     ("stats", stats.stats),

@@ -1,18 +1,109 @@
-"""Before and after: the questions that an edit is about, and what was answered to them."""
+"""`easyedit report`: the tables and the page of runs; and before and after: what was answered about an edit."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import typer
+from rich.console import Console
 from rich.table import Table
 
-from easyeditor.cli.common import table
+from easyeditor.cli.common import door, emit, out, table
+from easyeditor.cli.options import DebugOption, JsonOption
 
 if TYPE_CHECKING:
+    from easyeditor.bench.results import Results
     from easyeditor.requests import EditRequest
 
 EDITED, PARAPHRASE, FOLLOWS, NEIGHBOUR = "edited", "paraphrase", "follows", "neighbour"
+
+
+@door
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN", help="The folder of a run. Repeatable.")],
+    place: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to write the files; else into the first run.")
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Print the table of one run or several, and write it as Markdown, CSV and a page with plots.
+
+    Runs that were made under different protocols are not put into one table.
+    """
+    from easyeditor.bench.results import Results, check_comparable
+
+    runs = [Results.of(folder) for folder in folders]
+    check_comparable(runs)
+    files = written(runs, place or folders[0])
+    if as_json:
+        emit(document(runs, files))
+        return
+    shown(runs, out())
+    out().print(f"Written: {', '.join(str(file) for file in files)}", markup=False, soft_wrap=True)
+
+
+def shown(runs: Sequence[Results], console: Console) -> None:
+    """Print the tables of runs, with what must be known to read them."""
+    from easyeditor.bench.tables import cost_sheet, notes, quality_sheets, retention_sheet
+
+    for sheet in (*quality_sheets(runs), retention_sheet(runs), cost_sheet(runs)):
+        if sheet is not None:
+            console.print(table(sheet.title, sheet.columns, sheet.rows, right=sheet.numbers))
+            console.print()
+    for note in notes(runs):
+        console.print(note, markup=False)
+
+
+def written(runs: Sequence[Results], folder: Path) -> list[Path]:
+    """Write the report of runs: ``report.md``, ``report.csv`` and ``report.html``.
+
+    Raises:
+        EditFailed: The folder cannot be written.
+    """
+    from easyeditor.bench.log import written as writing
+    from easyeditor.bench.page import page
+    from easyeditor.bench.tables import as_csv, markdown
+
+    files = []
+    for name, make in (("report.md", markdown), ("report.csv", as_csv), ("report.html", page)):
+        path = folder / name
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f".{name}.partial"
+            temporary.write_text(make(runs), encoding="utf-8")
+            temporary.replace(path)
+        files.append(path)
+    return files
+
+
+def document(runs: Sequence[Results], files: Sequence[Path]) -> dict[str, Any]:
+    """What a report says, as one JSON document."""
+    return {
+        "protocol": runs[0].protocol,
+        "files": list(files),
+        "runs": [
+            {
+                "folder": run.folder,
+                "model": run.header["model"],
+                "faults": run.faults,
+                "rows": [
+                    {
+                        "row": each.row.name,
+                        "n": len(each.cases),
+                        "answer_in_context": each.row.in_context,
+                        "remarks": each.remarks,
+                        **{phase: {k: vars(m) for k, m in each.headlines(phase).items()} for phase in run.phases},
+                        "cost": each.cost(),
+                    }
+                    for each in run.rows
+                ],
+            }
+            for run in runs
+        ],
+    }
 
 
 class Answered(NamedTuple):

@@ -1,0 +1,102 @@
+"""`easyedit bench`: methods compared on a model, with controls and costs, in a run that can be killed and goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from easyeditor.cli.common import device_of, door, emit, err, out
+from easyeditor.cli.options import ChatOption, DebugOption, DeviceOption, DtypeOption, JsonOption, ModelOption
+from easyeditor.cli.report import document, shown, written
+from easyeditor.cli.settings import parsed
+from easyeditor.errors import UsageError
+
+
+@door
+def bench(
+    methods: Annotated[str, typer.Option("--methods", help="The methods, with commas between them.")],
+    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the run.")],
+    model: ModelOption = "tinyfacts",
+    data: Annotated[str, typer.Option("--data", help="A data file, or tinyfacts, or tinyfacts:tuning.")] = "tinyfacts",
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="Facts per seed.  [default: 100, or all if there are fewer]")
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option("--schedule", help="single, batch:N or sequential:N; N facts are edited at once.")
+    ] = "single",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds; each chooses facts and their order.")] = 1,
+    checkpoints: Annotated[
+        int, typer.Option(min=1, help="How often a sequential run scores all earlier edits again.")
+    ] = 5,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A setting of a method. Repeatable.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest free answer, in tokens.")] = 24,
+    fluency: Annotated[bool, typer.Option("--fluency", help="Score a longer generated text too.")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", metavar="WHERE", help="Spread the work over Ray: 'local:2', or a cluster's address."),
+    ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    chat: ChatOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare methods, beside controls, and write a report.
+
+    Each finished case is on the disk at once. The same command goes on with a run that was stopped.
+    """
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    given = by_method(settings or ())
+
+    from easyeditor.bench.experiment import run
+
+    result = run(
+        names,
+        folder,
+        model=model,
+        data=data,
+        n=n,
+        schedule=schedule,
+        seeds=seeds,
+        checkpoints=checkpoints,
+        settings=given,
+        max_new_tokens=max_new_tokens,
+        test_generation=fluency,
+        chat=chat,
+        dtype=dtype,
+        device=device_of(device),
+        cluster=cluster,
+    )
+    files = written([result], folder)
+    if as_json:
+        emit(document([result], files))
+    else:
+        shown([result], out())
+        out().print(f"Written: {', '.join(str(file) for file in files)}", markup=False, soft_wrap=True)
+    for fault in result.faults:
+        err().print(fault, style="bold red")
+    if result.faults or any(row.error for row in result.rows):
+        raise typer.Exit(1)
+
+
+def by_method(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The values of ``METHOD.key=value`` texts, by method.
+
+    Raises:
+        UsageError: A text is not of this form.
+    """
+    from easyeditor.registry import get_method
+
+    found: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        place, _, value = pair.partition("=")
+        method, dot, key = place.partition(".")
+        if not dot or not method.strip() or not key.strip():
+            raise UsageError(f"--set '{pair}' is not METHOD.KEY=VALUE. Write it such as --set ROME.v_lr=0.5.")
+        found.setdefault(get_method(method.strip()).name, {}).update(parsed([f"{key}={value}"]))
+    return found
