@@ -150,7 +150,7 @@ def test_the_record_is_laid_out_as_known() -> None:
             assert len(found["rewrite_acc"]) == len(found["rewrite_gen"]) == 1
             assert len(found["rephrase_acc"]) == 2
             assert len(found["locality"]["neighborhood_output"]) == 4
-            assert set(found["fluency"]) == {"ngram_entropy"}
+            assert set(found["fluency"]) == {"ngram_entropy", "repetition"}
             assert {"rewrite", "rephrase"} <= set(found["metric_meta"])
             for meta in found["metric_meta"].values():
                 assert {"result_key", "protocol", "scorer", "comparable_group"} <= set(meta)
@@ -519,8 +519,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two wishes": ({"prompts": ["a b"], "target_new": ["x"], "subject": ["a"], "keep_original_weight": True,
                     "sequential_edit": True}, r"keep_original_weight=True and sequential_edit=True contradict"),
     "demonstrations": ({"prompts": ["a b"], "target_new": ["x"], "subject": ["a"], "train_ds": [1]}, "train_ds"),
-    "another score": ({"prompts": ["a b"], "target_new": ["x"], "subject": ["a"], "eval_metric": "ood_ppl"},
-                      "eval_metric is 'ood_ppl'"),
+    "another score": ({"prompts": ["a b"], "target_new": ["x"], "subject": ["a"], "eval_metric": "bleurt"},
+                      "eval_metric is 'bleurt'"),
     "odd request": ({"prompts": [], "target_new": [], "requests": [{"prompt": "b", "target_new": "x", "subjct": "b"}]},
                     r"Record 0: unknown field 'subjct'. Did you mean 'subject'"),
     "request without target": ({"prompts": [], "target_new": [], "requests": [{"prompt": "a b"}]},

@@ -21,6 +21,7 @@ FLOORS = {
     "data": 5,
     "metrics": 5,
     "editors": 6,
+    "evaluate": 6,
     "trainer": 6,
     "bench": 6,
     "cli": 7,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from easyeditor.editors.arguments import Texts, requests_from_lists
-from easyeditor.editors.options import check_known, earlier_measurements, unknown
+from easyeditor.editors.options import Wanted, check_known, earlier_measurements, unknown
 from easyeditor.editors.perform import apply_function, checked, make_edit, prepared, put_on, spec_of
 from easyeditor.editors.progress import tracked
 from easyeditor.editors.records import record_of, texts_only, write_json
@@ -28,6 +28,7 @@ from easyeditor.lm.generate import answer
 from easyeditor.lm.loading import locate
 from easyeditor.lm.model import LM
 from easyeditor.metrics.quality import compare_locality, quality
+from easyeditor.metrics.scores import Scores
 from easyeditor.requests import EditRequest
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class BaseEditor:
         model_name: Where the model comes from.
         alg_name: The method.
         apply_algo: ``apply_<method>_to_model`` of existing scripts.
+        scores: What is computed besides the core scores; a `Scores`, nothing at first.
     """
 
     def __init__(self, hparams: HyperParams) -> None:
@@ -69,6 +71,9 @@ class BaseEditor:
         self._lm: LM | None = None
         self._ready: tuple[Any, HyperParams, Mapping[str, Any]] | None = None  # settings, completed, what they need
         self._left: list[str] = []
+        self.scores = Scores()
+        self._wanted = Wanted(hparams)
+        self._wanted.scores(self.scores)
 
     @classmethod
     def from_hparams(cls, hparams: HyperParams) -> BaseEditor:
@@ -136,7 +141,8 @@ class BaseEditor:
             portability_inputs: Likewise: what follows from the edit.
             sequential_edit: Whether all edits stay on the model.
             verbose: Whether to log each record.
-            **kwargs: ``subject`` and ``loc_prompts`` (lists), ``test_generation`` (also score fluency), ``requests``
+            **kwargs: ``subject`` and ``loc_prompts`` (lists), ``test_generation`` (also score fluency), ``eval_metric``
+                (``token em``, ``ppl``, ``ood_ppl``), ``requests``
                 (built beforehand, instead of the lists), ``pre_edit`` (measurements made before), ``pre_file`` (where
                 to write them), ``keep_original_weight=True`` (the same as ``sequential_edit=False``).
 
@@ -182,7 +188,11 @@ class BaseEditor:
         pre = earlier_measurements(kwargs, sequential_edit, len(found))
         edits: list[Edit] = []
         stream = self.stream(found, sequential_edit, test_generation, pre=pre, edits=edits)
-        records = list(tracked(stream, len(found), self.alg_name))
+        self._wanted.eval_metric = kwargs.get("eval_metric")
+        try:
+            records = list(tracked(stream, len(found), self.alg_name))
+        finally:
+            self._wanted.eval_metric = None
         if kwargs.get("pre_file"):
             write_json(Path(kwargs["pre_file"]), [{"pre": record["pre"]} for record in records])
         for record in records if verbose else ():
@@ -441,7 +451,12 @@ class BaseEditor:
     def _measure(self, requests: Sequence[EditRequest], test_generation: bool = False) -> Records:
         hp = self.hparams
         return quality(
-            self.lm, requests, max_new_tokens=hp.max_new_tokens, test_generation=test_generation, seed=hp.seed
+            self.lm,
+            requests,
+            max_new_tokens=hp.max_new_tokens,
+            test_generation=test_generation,
+            seed=hp.seed,
+            scores=self._wanted.scores(self.scores),
         )
 
     def _chunks(

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from easyeditor.errors import UnknownArgument, UsageError, did_you_mean
+from easyeditor.hparams import HyperParams
+from easyeditor.metrics.judge import Judge
+from easyeditor.metrics.scores import Scores
 
 OPTIONS = MappingProxyType(
     {
@@ -56,9 +60,7 @@ def earlier_measurements(kwargs: Mapping[str, Any], sequential: bool, count: int
         raise UsageError(
             "metric_kwargs belongs to the ConvSent scores, which this version does not have. Leave it out."
         )
-    metric = kwargs.get("eval_metric")
-    if metric not in (None, "exact match", "token_em", "token em"):
-        raise UsageError(f"eval_metric is '{metric}'. This version scores 'exact match' and 'token_em'; leave it out.")
+    Scores(eval_metric=kwargs.get("eval_metric"))  # refuses an unknown one
     if kwargs.get("pre_file"):
         _check_writable(Path(kwargs["pre_file"]))
     if not kwargs.get("pre_edit"):
@@ -69,6 +71,58 @@ def earlier_measurements(kwargs: Mapping[str, Any], sequential: bool, count: int
     if odd := [i for i, scores in enumerate(pre) if "locality" not in scores]:
         raise UsageError(f"'pre_edit', entry {odd[0]}, is no measurement (no 'locality'). Pass what pre_file wrote.")
     return pre
+
+
+class Wanted:
+    """Which scores an editor computes: those it was told, and those that its settings and a call ask for.
+
+    Args:
+        hparams: ``evaluation_type`` (``LLM-judge``, ``generate-text``) and ``api_key`` of existing scripts.
+    """
+
+    def __init__(self, hparams: HyperParams) -> None:
+        self.hparams = hparams
+        self.eval_metric: str | None = None
+        self._judge: Judge | None = None
+
+    def scores(self, told: Scores) -> Scores:
+        """What to compute now.
+
+        Args:
+            told: What the editor was told.
+
+        Raises:
+            UsageError: ``evaluation_type`` or ``eval_metric`` is unknown.
+        """
+        kind, key = (getattr(self.hparams, name, None) or None for name in ("evaluation_type", "api_key"))
+        if kind == "LLM-judge" and key and told.judge is None:
+            if self._judge is None or self._judge.api_key != key:
+                self._judge = judge_of(key)
+            told = replace(told, judge=self._judge)
+        metric = self.eval_metric or told.eval_metric
+        return replace(told, evaluation_type=kind or told.evaluation_type, eval_metric=metric)
+
+
+def judge_of(api_key: str) -> Judge:
+    """The judge of existing scripts: DeepSeek, or what the environment names.
+
+    Args:
+        api_key: Its key.
+
+    Returns:
+        A judge at ``$EASYEDITOR_JUDGE_URL`` (else api.deepseek.com) called ``$EASYEDITOR_JUDGE_MODEL`` (else
+        deepseek-chat), whose verdicts are kept under ``$EASYEDITOR_CACHE``, else in the user's cache.
+    """
+    cache = os.environ.get("EASYEDITOR_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "easyeditor"
+    )
+    return Judge(
+        os.environ.get("EASYEDITOR_JUDGE_MODEL") or "deepseek-chat",
+        os.environ.get("EASYEDITOR_JUDGE_URL") or "https://api.deepseek.com/v1",
+        api_key,
+        Path(cache, "verdicts.jsonl"),
+        calls=100_000,
+    )
 
 
 def _check_writable(path: Path) -> None:

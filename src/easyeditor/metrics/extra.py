@@ -14,7 +14,7 @@ from easyeditor.metrics.fluency import ngram_entropy, repetition
 from easyeditor.metrics.judge import Case, Judge
 from easyeditor.metrics.likelihood import Reading
 from easyeditor.metrics.overlap import bleu, rouge, similarity
-from easyeditor.metrics.protocol import protocol
+from easyeditor.metrics.protocol import Way, protocol
 from easyeditor.metrics.robustness import Question
 from easyeditor.metrics.scores import Scores
 from easyeditor.metrics.text import exact_match
@@ -107,7 +107,7 @@ def robustness(
         text, name = said[question.prompt], question.kind
         group.setdefault(f"{name}_gen", []).append(question.score(exact_match(text, question.answers)))
         group.setdefault(f"{name}_gen_content", []).append(text)
-        way = "negated" if name == "negation" else "generated"
+        way: Way = "negated" if name == "negation" else "generated"
         by = f"behind_{len((wanted.prefix or '').split())}_words" if name == "behind_text" else ""
         scores["metric_meta"][f"robustness.{name}_gen"] = protocol(lm, way, f"{name}_gen", by)
         if question.against:

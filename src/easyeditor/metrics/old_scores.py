@@ -68,7 +68,7 @@ def _free_answers(lm: LM, request: EditRequest, scores: dict[str, Any], wanted: 
 
 
 def perplexity_of(readings: list[Reading]) -> float | None:
-    """Perplexity: exp of the mean negative log-likelihood over all answer tokens; never clipped, None where it is no number."""
+    """The perplexity over all answer tokens; never clipped, None where it is no number."""
     return exp_mean_nll([reading.log_prob for reading in readings for _ in reading.predicted])
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from easyeditor.lm.model import LM
 
 Way = Literal[
-    "teacher_forced", "generated", "agreement", "generated_agreement", "probability", "sampled", "divergence", "negated",
-    "judged", "not_judged", "text_only", "long_text", "perplexity", "prompt_tokens"
+    "teacher_forced", "generated", "agreement", "generated_agreement", "probability", "sampled", "divergence",
+    "negated", "judged", "not_judged", "text_only", "long_text", "perplexity", "prompt_tokens"
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""All scores of requests on a model as it is now: reliability, generalisation, locality, portability, fluency, and more.
+"""All scores of requests on a model as it is now: reliability, generalisation, locality, portability, and more.
 
 Every probe of every request goes into two batches: one is answered freely, one is read with the answer given. Locality
 has no score of its own in one measurement; `compare_locality` makes it from two.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from easyeditor.errors import UsageError
 from easyeditor.metrics.judge import Judge
@@ -53,8 +53,11 @@ class Scores:
         if odd := [name for name in self.texts if name not in TEXT_SCORES]:
             raise UsageError(f"There is no text score '{odd[0]}'. Known: {', '.join(TEXT_SCORES)}.")
         if "similarity" in self.texts and not self.encoder:
-            raise UsageError(
-                "The text score 'similarity' needs 'encoder', the folder of a sentence-transformers model."
-            )
+            raise UsageError("The text score 'similarity' needs 'encoder', a sentence-transformers folder.")
         if self.text_tokens < 1:
             raise UsageError(f"text_tokens is {self.text_tokens}; a long answer has at least one token.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The choice in a form that JSON can hold, for a run file or a key; of a judge its name and address."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "texts": list(self.texts), "judge": self.judge and f"{self.judge.name} {self.judge.base_url}"}
