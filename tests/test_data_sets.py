@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -329,11 +330,11 @@ def test_bad_records_name_record_field_and_remedy(
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        ({"K_F": [], "K_R": []}, "field 'K_F': expected a list of objects"),
-        ({"K_F": [{"question": "q"}], "K_R": [{"question": "q", "ground_truth": 3}]}, "field 'kept.ground_truth'"),
+        ({"K_F": [], "K_R": []}, "field 'K_F': it holds no question"),
+        ({"K_F": [{"question": "q"}], "K_R": [{"question": "q", "ground_truth": {}}]}, "field 'kept.ground_truth'"),
         ({"prompt_templates": [], "samples": [{"subject": "A", "object": "b"}] * 2}, "holds no edit"),
         ({"prompt_templates": ["A is"], "samples": [{"subject": s, "object": s} for s in "AB"]}, "no '{}' in 'A is'"),
-        ({"prompt_templates": ["{} is"], "samples": ["A"]}, "field 'samples': expected objects"),
+        ({"prompt_templates": ["{} is"], "samples": ["A"]}, "field 'samples': expected a list of objects"),
     ],
 )  # fmt: skip
 def test_bad_whole_files(write: Write, content: Any, part: str) -> None:
@@ -349,6 +350,30 @@ def test_json_with_trailing_text_and_mixed_layouts(write: Write) -> None:
     rows = json.loads(text) + json.loads((FIXTURES / "safeedit.json").read_text(encoding="utf-8"))
     with pytest.raises(UsageError, match=r"records of mixed\.json cannot be used"):
         load_requests(write("mixed.json", rows))
+
+
+def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value inside a value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in inside:
+        yield (*above, key)
+        yield from places(each, (*above, key))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json")])
+def test_whatever_stands_in_a_field_the_answer_is_a_sentence(write: Write, name: str) -> None:
+    good = json.loads((FIXTURES / name).read_text(encoding="utf-8"))
+    for number, path in enumerate(places(good)):
+        raw = json.loads(json.dumps(good))
+        above = raw
+        for key in path[:-1]:
+            above = above[key]
+        above[path[-1]] = (None, 3, "", [], {}, ["x"], [3], {"a": 1})[number % 8]
+        file = write(name, raw)
+        with suppress(UsageError):
+            loaded = load(file, FILES[name])
+            if loaded.data_set.reader:
+                assert len(reader(loaded.data_set.name)(file)) > 0
 
 
 def test_layout_by_name() -> None:

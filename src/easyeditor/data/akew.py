@@ -64,7 +64,7 @@ def _structured(row: Mapping[str, Any], record: str) -> EditRequest:
             "locality": {
                 "neighborhood": {"prompt": near, "ground_truth": [old or ""] * len(near)} if near else None,
                 "unrelated": take_probe(row, "loc", "loc_ans", record),
-                "neighbour_hops": other_hops(row),
+                "neighbour_hops": other_hops(row, record),
             },
             "portability": multi_hop(row, record),
             "case_id": case_id(row, "case_id"),
@@ -89,7 +89,10 @@ def _unstructured(row: Mapping[str, Any], record: str) -> EditRequest:
             "subject": matching_subject(rewrite, prompt),
             "ground_truth": _object(rewrite, "true", record),
             "rephrase_prompts": [*others, *take_texts(row, "paraphrase_prompts", record)],
-            "locality": {"unrelated": take_probe(row, "loc", "loc_ans", record), "neighbour_hops": other_hops(row)},
+            "locality": {
+                "unrelated": take_probe(row, "loc", "loc_ans", record),
+                "neighbour_hops": other_hops(row, record),
+            },
             "portability": {
                 "sub_question": [{"prompt": p.replace("{}", s), "ground_truth": t} for p, s, t in triple if t.strip()],
                 **multi_hop(row, record),

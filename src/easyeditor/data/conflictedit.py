@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from easyeditor.data.dataset import RecordDataset
-from easyeditor.data.records import Layout, fill, take
+from easyeditor.data.records import Layout, fill, take, take_objects
 from easyeditor.errors import UsageError
 from easyeditor.requests import EditRequest
+
+PARTS = "with 'relation', 'subject', 'object' and 'new_object'"
 
 
 def _name(triple: Mapping[str, Any], key: str, record: str) -> str:
@@ -32,11 +34,16 @@ def _implied(row: Mapping[str, Any], one: Mapping[str, Any], two: Mapping[str, A
 def _conflict(rows: Sequence[dict[str, Any]], index: int, record: str) -> list[dict[str, Any]]:
     """The two edits of a record; the first with what it implies, both with the facts that hold all the time."""
     row = rows[index]
-    edits, triples = take(row, "edits", list, record), row.get("triples") or []
-    kept = [triples[place] for place in row.get("prerequisites") or [] if place < len(triples)]
+    edits, triples = (take_objects(row, key, record, PARTS) for key in ("edits", "triples"))
+    places = row.get("prerequisites") or []
+    if not isinstance(places, list) or not all(place in range(len(triples)) for place in places):
+        raise UsageError(
+            f"{record}, field 'prerequisites': expected places in 'triples', counted from 0, got {places!r}."
+        )
+    kept = [triples[place] for place in places]
     near = [{"prompt": _asked(each, record), "ground_truth": _name(each, "object", record)} for each in kept]
-    if len(edits) != 2 or not all(isinstance(edit, Mapping) for edit in edits):
-        raise UsageError(f"{record}, field 'edits': expected two objects with 'relation', 'subject', 'object'.")
+    if len(edits) != 2:
+        raise UsageError(f"{record}, field 'edits': expected two objects {PARTS}, got {len(edits)}.")
     follows: tuple[dict[str, Any], ...] = (_implied(row, edits[0], edits[1], record), {})
     return [
         {**edit, "kept": near, "follows": more, "case_id": index} for edit, more in zip(edits, follows, strict=True)
@@ -46,7 +53,8 @@ def _conflict(rows: Sequence[dict[str, Any]], index: int, record: str) -> list[d
 def _round(rows: Sequence[dict[str, Any]], index: int, record: str) -> list[dict[str, Any]]:
     """The edit forth and the edit back; after it, any of the true objects is right."""
     edit = take(rows[index], "edit", dict, record)
-    true = [take(each, "label", str, record, "true_objects.") for each in rows[index].get("true_objects") or []]
+    known = take_objects(rows[index], "true_objects", record, "with 'label'")
+    true = [take(each, "label", str, record, "true_objects.") for each in known]
     back = {**edit, "object": edit.get("new_object"), "new_object": edit.get("object")}
     answer = {"true_objects": {"prompt": _asked(edit, record), "ground_truth": true}} if true else {}
     return [{**edit, "follows": {}, "case_id": index}, {**back, "follows": answer, "case_id": index}]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from easyeditor.data.dataset import RecordDataset
-from easyeditor.data.records import Layout, Record, case_id, matching_subject, take, take_probe, take_texts
+from easyeditor.data.records import Layout, Record, case_id, is_absent, matching_subject, take, take_probe, take_texts
 from easyeditor.errors import UsageError
 from easyeditor.requests import EditRequest
 
@@ -71,7 +71,7 @@ def groups(row: Mapping[str, Any], kind: str, record: str) -> dict[str, list[dic
                 )
             place = f"{kind}.{name}."
             asked = {"prompt": take(probe, "prompt", str, record, place)}
-            answered = probe.get("ground_truth") not in (None, "", [])
+            answered = not is_absent(probe.get("ground_truth"))
             found.setdefault(name, []).append(
                 (answered and take_probe(probe, "prompt", "ground_truth", record, place)) or asked
             )

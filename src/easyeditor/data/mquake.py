@@ -7,7 +7,7 @@ from typing import Any
 
 from easyeditor.data.counterfact import PLACE, label
 from easyeditor.data.dataset import RecordDataset
-from easyeditor.data.records import Layout, Record, case_id, fill, take, take_texts
+from easyeditor.data.records import Layout, Record, case_id, fill, take, take_objects, take_texts
 from easyeditor.errors import UsageError
 from easyeditor.requests import EditRequest
 
@@ -19,10 +19,11 @@ def edits_of(rows: Sequence[dict[str, Any]], index: int, record: str) -> list[di
         UsageError: There are none.
     """
     row = rows[index]
-    rewrites = row.get("requested_rewrite")
-    rewrites = [rewrites] if isinstance(rewrites, Mapping) else rewrites
-    if not isinstance(rewrites, list) or not rewrites or not all(isinstance(each, Mapping) for each in rewrites):
-        raise UsageError(f"{record}, field 'requested_rewrite': expected one or more objects with 'prompt', 'subject'.")
+    found = row.get("requested_rewrite")
+    alone = {**row, "requested_rewrite": [found] if isinstance(found, dict) else found}
+    rewrites = take_objects(alone, "requested_rewrite", record, "with 'prompt' and 'subject'")
+    if not rewrites:
+        raise UsageError(f"{record}, field 'requested_rewrite': it holds no edit. Add at least one.")
     return [
         {**row, "requested_rewrite": each, "edits": rewrites[: number + 1], "last": number + 1 == len(rewrites)}
         for number, each in enumerate(rewrites)
@@ -47,14 +48,22 @@ def multi_hop(row: Mapping[str, Any], record: str) -> dict[str, Any]:
     }
 
 
-def other_hops(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The facts along the new chain that no edit changes, with their aliases."""
-    edited = {edit.get("question") for edit in row["edits"]}
-    hops = row.get("new_single_hops") or []
+def other_hops(row: Mapping[str, Any], record: str) -> list[dict[str, Any]]:
+    """The facts along the new chain that no edit changes, with their aliases.
+
+    Raises:
+        UsageError: The chain is not what it should be.
+    """
+    edited = [edit.get("question") for edit in row["edits"]]
+    hops = take_objects(row, "new_single_hops", record, "with 'question' and 'answer'") if row["last"] else []
+    place = "new_single_hops."
     return [
-        {"prompt": hop["question"], "ground_truth": [hop["answer"], *(hop.get("answer_alias") or [])]}
+        {
+            "prompt": take(hop, "question", str, record, place),
+            "ground_truth": [take(hop, "answer", str, record, place), *take_texts(hop, "answer_alias", record)],
+        }
         for hop in hops
-        if row["last"] and isinstance(hop, Mapping) and hop.get("answer") and hop.get("question") not in edited
+        if hop.get("question") not in edited
     ]
 
 
@@ -68,7 +77,7 @@ def _convert(row: Mapping[str, Any], record: str) -> EditRequest:
             "subject": subject,
             "ground_truth": label(rewrite, "target_true", record) if "target_true" in rewrite else None,
             "rephrase_prompts": take_texts(rewrite, "question", record),
-            "locality": {"neighbour_hops": other_hops(row)},
+            "locality": {"neighbour_hops": other_hops(row, record)},
             "portability": multi_hop(row, record),
             "case_id": case_id(row, "case_id"),
         },

@@ -87,6 +87,7 @@ def _flat_probe(row: Mapping[str, Any], kind: str, record: str) -> dict[str, Any
             "'portability_prompt'."
         )
     _check_prompt(prompt, f"{kind}_prompt", record)
+    _check_answer(prompt, answer, f"{kind}_ground_truth", record)
     return {"prompt": prompt, "ground_truth": answer}
 
 
@@ -98,11 +99,20 @@ def _check_groups(groups: Any, kind: str, record: str) -> None:
         for probe in group if isinstance(group, list) else [group]:
             if isinstance(probe, Mapping) and probe.get("prompt") is not None:
                 _check_prompt(probe["prompt"], f"{kind}.{name}", record)
+                _check_answer(probe["prompt"], probe.get("ground_truth"), f"{kind}.{name}", record)
 
 
 def _check_prompt(prompt: Any, name: str, record: str) -> None:
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(isinstance(p, str) for p in prompt)):
         raise UsageError(f"{record}, field '{name}': expected a text or a list of texts, got {prompt!r}.")
+
+
+def _check_answer(prompt: Any, answer: Any, name: str, record: str) -> None:
+    several = isinstance(prompt, list) and not isinstance(answer, str | list)
+    if answer is not None and (several or not is_answer(answer)):
+        raise UsageError(
+            f"{record}, field '{name}': expected one answer (or a list of them) per prompt, got {answer!r}."
+        )
 
 
 def _told_by(row: Mapping[str, Any]) -> bool:

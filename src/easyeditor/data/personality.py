@@ -53,8 +53,8 @@ def opinion(row: Mapping[str, Any], side: str, against: str, record: str) -> Edi
 def with_others(rows: Sequence[dict[str, Any]], index: int, record: str) -> list[dict[str, Any]]:
     """A record with ``others``, the topics of the records after it, and ``place``, its own place."""
     following = [rows[(index + step) % len(rows)].get("ent") for step in range(1, OTHERS + 1)]
-    own = rows[index].get("ent")
-    others = [topic for topic in dict.fromkeys(following) if isinstance(topic, str) and topic.strip() and topic != own]
+    topics = dict.fromkeys(topic for topic in following if isinstance(topic, str) and topic.strip())
+    others = [topic for topic in topics if topic != rows[index].get("ent")]
     return [{**rows[index], "others": others, "place": index}]
 
 

@@ -170,6 +170,18 @@ def matching_subject(row: Mapping[str, Any], prompt: str) -> str | None:
     return subject if isinstance(subject, str) and subject.strip() and subject in prompt else None
 
 
+def take_objects(row: Mapping[str, Any], key: str, record: str, what: str) -> list[dict[str, Any]]:
+    """A field that holds a list of objects; empty if it is not there.
+
+    Raises:
+        UsageError: It holds something else; ``what`` says what is expected of the objects.
+    """
+    items = row.get(key) or []
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise UsageError(f"{record}, field '{key}': expected a list of objects {what}, got {items!r:.80}.")
+    return items
+
+
 def take_probe(
     row: Mapping[str, Any], question: str, answer: str, record: str, place: str = ""
 ) -> dict[str, Any] | None:
@@ -197,9 +209,7 @@ def take_probes(row: Mapping[str, Any], key: str, question: str, answer: str, re
     Raises:
         UsageError: It holds something else.
     """
-    items = row.get(key) or []
-    if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
-        raise UsageError(f"{record}, field '{key}': expected a list of objects with '{question}' and '{answer}'.")
+    items = take_objects(row, key, record, f"with '{question}' and '{answer}'")
     for item in items:
         take(item, question, str, record, f"{key}.")
     return [probe for item in items if (probe := take_probe(item, question, answer, record, f"{key}."))]
@@ -222,8 +232,8 @@ def case_id(row: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a field has nothing in it: null, an empty text, or the not-a-number of a table."""
-    return value is None or value == "" or value != value
+    """Whether a field has nothing in it: null, an empty text or list, or the not-a-number of a table."""
+    return value is None or value in ("", []) or value != value
 
 
 def is_answer(value: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from easyeditor.data.dataset import RecordDataset
-from easyeditor.data.records import Layout, fill, take, take_texts
+from easyeditor.data.records import Layout, fill, take, take_objects, take_texts
 from easyeditor.errors import UsageError
 from easyeditor.requests import EditRequest
 
@@ -19,7 +19,8 @@ def _parts(rows: Sequence[dict[str, Any]], index: int, record: str) -> list[dict
     Triples of a relation whose subjects share all objects are left out.
     """
     relation = rows[index]
-    triples = [_triple(sample, record) for sample in take(relation, "samples", list, record)]
+    samples = take_objects(relation, "samples", record, "with 'subject' and 'object'")
+    triples = [_triple(sample, record) for sample in samples]
     true: dict[str, set[str]] = {}
     for subject, answer in triples:
         true.setdefault(subject, set()).add(answer)
@@ -32,9 +33,7 @@ def _parts(rows: Sequence[dict[str, Any]], index: int, record: str) -> list[dict
     return parts
 
 
-def _triple(sample: Any, record: str) -> tuple[str, str]:
-    if not isinstance(sample, Mapping):
-        raise UsageError(f"{record}, field 'samples': expected objects with 'subject' and 'object', got {sample!r}.")
+def _triple(sample: Mapping[str, Any], record: str) -> tuple[str, str]:
     subject, answer = (take(sample, key, str, record, "samples.").strip() for key in ("subject", "object"))
     return subject, answer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from easyeditor.data.dataset import RecordDataset, first
-from easyeditor.data.records import Layout, Record, fill, matching_subject, take, take_texts
+from easyeditor.data.records import Layout, Record, fill, matching_subject, take, take_objects, take_probes, take_texts
 from easyeditor.errors import UsageError
 from easyeditor.requests import EditRequest
 
@@ -21,11 +21,11 @@ def _told_by(row: Mapping[str, Any]) -> bool:
 
 def _parts(rows: Sequence[dict[str, Any]], index: int, record: str) -> list[dict[str, Any]]:
     """One row per question to forget, with a few to keep: the next ones in the file, and round again."""
-    forget, keep = next(half for half in HALVES if half[0] in rows[index])
-    gone, kept = (take(rows[index], key, list, record) for key in (forget, keep))
-    for key, items in ((forget, gone), (keep, kept)):
-        if not items or not all(isinstance(item, Mapping) for item in items):
-            raise UsageError(f"{record}, field '{key}': expected a list of objects with 'question' and 'ground_truth'.")
+    half = next((half for half in HALVES if half[0] in rows[index]), HALVES[0])
+    gone, kept = (take_objects(rows[index], key, record, "with 'question' and 'ground_truth'") for key in half)
+    for key, items in zip(half, (gone, kept), strict=True):
+        if not items:
+            raise UsageError(f"{record}, field '{key}': it holds no question. Add at least one.")
     return [
         {**item, "kept": [kept[(place * KEPT + step) % len(kept)] for step in range(min(KEPT, len(kept)))]}
         for place, item in enumerate(gone)
@@ -35,11 +35,8 @@ def _parts(rows: Sequence[dict[str, Any]], index: int, record: str) -> list[dict
 def _convert(row: Mapping[str, Any], record: str, template: str = "{}") -> EditRequest:
     prompt = fill(template, take(row, "question", str, record), record, "template")
     kept = [
-        {
-            "prompt": fill(template, take(item, "question", str, record, "kept."), record, "template"),
-            "ground_truth": take(item, "ground_truth", str, record, "kept."),
-        }
-        for item in row["kept"]
+        {**probe, "prompt": fill(template, probe["prompt"], record, "template")}
+        for probe in take_probes(row, "kept", "question", "ground_truth", record)
     ]
     return EditRequest.from_dict(
         {
@@ -97,8 +94,8 @@ class SanitizationTrainDataset(RecordDataset):
                 "prompt": edit.request.prompt,
                 "target_new": edit.request.target_new,
                 "ground_truth": edit.request.ground_truth,
-                "locality_prompt": [probe.prompt for probe in edit.request.locality["unrelated"]],
-                "locality_ground_truth": [probe.answers[0] for probe in edit.request.locality["unrelated"]],
+                "locality_prompt": [probe.prompt for probe in edit.request.locality.get("unrelated", ())],
+                "locality_ground_truth": [probe.answers[0] for probe in edit.request.locality.get("unrelated", ())],
             }
             for place, edit in enumerate(edits)
         ]
