@@ -289,6 +289,19 @@ def test_ground_truth_is_a_text_or_lists_of_aliases(write: Write, truth: Any) ->
     assert asked[0].answers[0] == "Port Marlow"
 
 
+def test_flat_files_of_the_temporal_kind(write: Write) -> None:
+    row = {
+        "prompt": "Old Quay is",
+        "subject": "Old Quay",
+        "target_new": "a harbour",
+        "ood_rephrase": "As for Old Quay,",
+    }
+    probes = {"locality_prompt": "Hallow Bridge is", "locality_ground_truth": "a bridge"}
+    request = load_requests(write("temporal-edit.json", [row | probes]))[0]
+    assert request.rephrase_prompts == ("As for Old Quay,",)
+    assert request.locality["neighborhood"] == (Probe("Hallow Bridge is", ("a bridge",)),)
+
+
 # Bad input
 
 

@@ -15,6 +15,8 @@ from easyeditor.data.records import Record, build
 from easyeditor.errors import UsageError
 from easyeditor.requests import EditRequest
 
+LOOKED_AT = 1000  # records that tell the layout; one that is no such record is named when it is read
+
 __all__ = ["Loaded", "load", "load_requests", "read_rows"]
 
 
@@ -80,7 +82,7 @@ def _is_record(whole: Mapping[str, Any]) -> bool:
 
 def _told(rows: Sequence[Mapping[str, Any]], source: str) -> DataSet:
     for each in DATA_SETS:
-        if any(each.layout.told_by(row) for row in rows):
+        if any(each.layout.told_by(row) for row in rows[:LOOKED_AT]):
             return each
     fields = sorted({key for row in rows for key in row})
     raise UsageError(

@@ -10,7 +10,7 @@ from easyeditor.data.records import Layout, is_answer, take_texts
 from easyeditor.errors import UsageError
 from easyeditor.requests import REQUEST_KEYS, EditRequest
 
-ALIASES = {"rephrase": "rephrase_prompt", "target": "target_new"}
+ALIASES = {"rephrase": "rephrase_prompt", "ood_rephrase": "rephrase_prompt", "target": "target_new"}
 PROBES = {"locality": "neighborhood", "portability": "one_hop"}
 FLAT_PROBES = tuple(f"{kind}_{end}" for kind in PROBES for end in ("prompt", "ground_truth"))
 SEVERAL = ("rephrase_prompt", "rephrase_prompts", "rephrase", *FLAT_PROBES)
