@@ -9,7 +9,16 @@ from typing import Any
 from easyeditor.data.counterfact import PLACE
 from easyeditor.data.dataset import RecordDataset
 from easyeditor.data.mquake import edits_of, multi_hop, other_hops
-from easyeditor.data.records import Layout, Record, case_id, fill, matching_subject, take, take_probe, take_texts
+from easyeditor.data.records import (
+    Layout,
+    Record,
+    case_id,
+    matching_subject,
+    take,
+    take_objects,
+    take_probe,
+    take_texts,
+)
 from easyeditor.data.unke import UNKE
 from easyeditor.errors import UsageError, did_you_mean
 from easyeditor.requests import EditRequest
@@ -34,19 +43,8 @@ def _object(rewrite: Mapping[str, Any], which: str, record: str) -> str | None:
 def _prompts(rewrite: Mapping[str, Any], record: str) -> list[str]:
     """The prompt with its subject, then the question and the full prompt where there are any."""
     template, subject = (take(rewrite, key, str, record, PLACE) for key in ("prompt", "subject"))
-    filled = fill(template, subject, record, f"{PLACE}prompt")
-    return list(
-        dict.fromkeys(
-            [
-                filled,
-                *(
-                    take_texts(rewrite, key, record)[0]
-                    for key in ("question", "prompt_full")
-                    if take_texts(rewrite, key, record)
-                ),
-            ]
-        )
-    )
+    others = [text for key in ("question", "prompt_full") for text in take_texts(rewrite, key, record)]
+    return list(dict.fromkeys([template.replace("{}", subject), *others]))
 
 
 def _structured(row: Mapping[str, Any], record: str) -> EditRequest:
@@ -58,7 +56,7 @@ def _structured(row: Mapping[str, Any], record: str) -> EditRequest:
         {
             "prompt": prompt,
             "target_new": _object(rewrite, "new", record),
-            "subject": rewrite["subject"],
+            "subject": matching_subject(rewrite, prompt),
             "ground_truth": old,
             "rephrase_prompts": [*others, *take_texts(row, "paraphrase_prompts", record)],
             "locality": {
@@ -77,11 +75,9 @@ def _unstructured(row: Mapping[str, Any], record: str) -> EditRequest:
     rewrite = take(row, "requested_rewrite", dict, record)
     filled, *questions = _prompts(rewrite, record)
     prompt, *others = [*questions, filled]
-    facts = [fact for fact in rewrite.get("unsfact_triplets_GPT") or [] if isinstance(fact, Mapping)]
-    triple = [
-        [take(fact, key, str, record, f"{PLACE}unsfact_triplets_GPT.") for key in ("prompt", "subject", "target")]
-        for fact in facts
-    ]
+    facts = take_objects(rewrite, "unsfact_triplets_GPT", record, "with 'prompt', 'subject' and 'target'")
+    place = f"{PLACE}unsfact_triplets_GPT."
+    triples = [[take(fact, key, str, record, place) for key in ("prompt", "subject", "target")] for fact in facts]
     return EditRequest.from_dict(
         {
             "prompt": prompt,
@@ -94,7 +90,7 @@ def _unstructured(row: Mapping[str, Any], record: str) -> EditRequest:
                 "neighbour_hops": other_hops(row, record),
             },
             "portability": {
-                "sub_question": [{"prompt": p.replace("{}", s), "ground_truth": t} for p, s, t in triple if t.strip()],
+                "sub_question": [{"prompt": p.replace("{}", s), "ground_truth": t} for p, s, t in triples if t.strip()],
                 **multi_hop(row, record),
             },
             "case_id": case_id(row, "case_id"),
