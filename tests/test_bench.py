@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,6 +21,7 @@ import toy
 from easyeditor import bench
 from easyeditor.bench import job as jobs
 from easyeditor.bench.before import before_of
+from easyeditor.bench.cluster import connected
 from easyeditor.bench.controls import faults, nonsense_of
 from easyeditor.bench.cost import bytes_of
 from easyeditor.bench.editing import Editing
@@ -31,7 +33,7 @@ from easyeditor.bench.runner import Runner, parts_of
 from easyeditor.bench.schedule import Schedule
 from easyeditor.edits.ledger import Ledger
 from easyeditor.edits.store import load_edits
-from easyeditor.errors import DamagedFile, EditFailed, UsageError
+from easyeditor.errors import DamagedFile, EditFailed, MissingExtra, UsageError
 from easyeditor.lm.model import LM
 from easyeditor.requests import EditRequest
 
@@ -440,3 +442,44 @@ def _while(holds: Any) -> Iterator[None]:
     while holds():
         time.sleep(0.005)
         yield
+
+
+@pytest.mark.slow
+def test_a_cluster_gives_the_same_numbers_also_when_a_worker_dies(kept: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    given = {"n": 4, "seeds": 2, "checkpoints": 2, "max_new_tokens": 4, "settings": {"GRACE": SETTINGS["GRACE"]}}
+    said = {"model": str(kept / "model"), "data": str(kept / "facts.json"), "methods": ["GRACE"]}
+    for schedule in ("single", "sequential:1"):
+        alone, spread = tmp_path / f"alone-{schedule[:3]}", tmp_path / f"spread-{schedule[:3]}"
+        bench.run(out=alone, schedule=schedule, **said, **given)
+        killed: list[int] = []
+        watcher = threading.Thread(target=_kill_one, args=(spread, killed))
+        watcher.start()
+        bench.run(out=spread, schedule=schedule, cluster="local:2", **said, **given)
+        watcher.join()
+        assert killed
+        assert len(list(spread.glob("rows/*/*/log-*.jsonl"))) > 6
+        assert numbers(spread) == numbers(alone)
+        facts_known = [line["fact"] for path in spread.glob("before*.jsonl") for line in read(path)]
+        assert set(facts_known) == set(before_of(alone))
+
+
+def _kill_one(out: Path, killed: list[int]) -> None:
+    """Kill the first worker that has written a case of a method."""
+    for _ in range(20000):
+        for path in out.glob("rows/GRACE/*/log-*.jsonl"):
+            if read(path):
+                killed.append(int(path.stem.rpartition("-")[2]))
+                os.kill(killed[0], signal.SIGKILL)
+                return
+        time.sleep(0.005)
+
+
+def test_a_cluster_that_cannot_be(tmp_path: Path, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="load the model themselves"):
+        go(tmp_path, lm, ("ICE",), cluster="local")
+    with pytest.raises(UsageError, match="'local:none' is not understood"), connected("local:none"):
+        pass
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtra, match=r"easyeditor\[cluster\]"), connected("local"):
+        pass

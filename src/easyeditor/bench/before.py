@@ -40,7 +40,7 @@ class Before:
     """
 
     def __init__(self, folder: Path, name: str, key: str, measure: Measure) -> None:
-        self.measure = measure
+        self.measure, self.folder = measure, folder
         self.shared = cache_folder() / key
         self.kept = [Log(folder / f"{name}.jsonl"), Log(self.shared / f"{os.getpid()}.jsonl")]
         self.known: dict[str, Scores] = {}
@@ -57,6 +57,8 @@ class Before:
         for start in range(0, len(requests), PART):
             part = requests[start : start + PART]
             keys = [key_of(request) for request in part]
+            if not self.known.keys() >= set(keys):
+                self.known |= before_of(self.folder)  # of another process, meanwhile
             fresh = {key: request for key, request in zip(keys, part, strict=True) if key not in self.known}
             measured = self.measure(list(fresh.values())) if fresh else []
             self.known |= dict(zip(fresh, measured, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,9 @@ class Job:
 
     def _edited(self, scoring: Scoring) -> Iterator[Line]:
         lm, stays = scoring.lm, self.how.stays
-        before = [scores for some in scoring.before.of(self.facts) for scores in some]
+        mine = sorted({i for step in self.part.steps for i in self.how.steps(self.plan.n)[step]})
+        found = (scores for some in scoring.before.of([self.facts[i] for i in mine]) for scores in some)
+        before = dict(zip(mine, found, strict=True))
         try:
             editing = Editing(lm, self.part.row, self.plan, self.part.seed)
         except OSError:  # a full disk is no property of the method
@@ -139,7 +141,7 @@ class Job:
         shutil.rmtree(self.place / "edits", ignore_errors=True)
 
     def _step(
-        self, scoring: Scoring, editing: Editing, step: int, places: range, before: Sequence[Scores]
+        self, scoring: Scoring, editing: Editing, step: int, places: range, before: Mapping[int, Scores]
     ) -> Iterator[Line]:
         """Edit the facts of a step and score them; the edits stay on."""
         facts = [self.facts[i] for i in places]
@@ -159,7 +161,7 @@ class Job:
         self.log.append(lines)
         yield from lines
 
-    def _checkpoint(self, scoring: Scoring, before: Sequence[Scores], end: int) -> Iterator[Line]:
+    def _checkpoint(self, scoring: Scoring, before: Mapping[int, Scores], end: int) -> Iterator[Line]:
         """Score all facts that have been edited so far once more."""
         wanted = [i for i in range(end) if (end, i) in self.again]
         for start in range(0, len(wanted), PART):
