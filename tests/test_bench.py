@@ -55,6 +55,7 @@ def short_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """A measurement that says little and takes no time."""
     monkeypatch.setattr("easyeditor.bench.cost.TOKENS", 2)
     monkeypatch.setattr("easyeditor.bench.cost.ROUNDS", 1)
+    monkeypatch.setattr("easyeditor.bench.scoring.TEXTS", 2)
 
 
 def go(out: Path, lm: LM, methods: tuple[str, ...] = ("ROME",), **given: Any) -> bench.Results:
@@ -140,6 +141,7 @@ def test_what_makes_no_sense_is_refused_before_any_work(tmp_path: Path, lm: LM) 
         ({"methods": ()}, "No method was named"),
         ({"n": 4}, "d has 3 facts and n is 4"),
         ({"seeds": 0}, "'seeds' is 0"),
+        ({"also": ("rogue",)}, "Did you mean 'rouge'"),
         ({"schedule": "all"}, "There is no schedule 'all'"),
         ({"settings": {"FT": {"lr": 1.0}}}, "settings for 'FT', which is not run"),
         ({"settings": {"rome": {"v_lrr": 1.0}}}, "no setting 'v_lrr'"),
@@ -203,6 +205,16 @@ def test_a_run_of_single_edits(tmp_path: Path, lm: LM) -> None:
     assert record["pre"]["rewrite_gen"] == [0.0]
     with pytest.raises(UsageError, match="no row 'FT'"):
         results.records("FT")
+
+
+def test_scores_on_request(tmp_path: Path, lm: LM) -> None:
+    results = go(tmp_path, lm, ("ICE",), n=1, also=("robustness", "prefix"))
+    found = row(results, "ICE").means("post")
+    assert {"robustness.behind_text_gen", "locality.neighborhood_js"} <= set(found)
+    assert row(results, "no-op").means("post")["locality.neighborhood_js"].mean == 0.0
+    read = row(results, "no-op").perplexity
+    assert read["before"] == read["after"]
+    assert read["alarm"] is None
 
 
 def test_answers_before_are_measured_once_and_shared(tmp_path: Path, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +287,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, l
         settings=SETTINGS,
         max_new_tokens=4,
         test_generation=False,
+        also=(),
         chat=False,
         dtype=None,
         device=None,
@@ -321,7 +334,9 @@ def test_sequential_scores_right_after_at_checkpoints_and_at_the_end(tmp_path: P
     found = row(results, "GRACE")
     assert found.ends == [2, 4]
     assert [(end, means["reliability"].n) for end, means in found.retention()] == [(2, 2), (4, 4)]
-    assert found.retention()[-1][1] == found.headlines("final")
+    last = found.retention()[-1][1]
+    assert last.pop("still held").n == 4
+    assert last == found.headlines("final")
     right_after, at_the_end = (found.first_and_last()[name] for name in ("right after", "at the end"))
     assert right_after[0].n == at_the_end[1].n == 1
     assert "final" in results.records("GRACE")[0]
@@ -378,7 +393,7 @@ def test_what_cannot_be_scored_is_unscored_and_not_zero(
 
 
 def test_the_no_op_control_tells_what_is_wrong(tmp_path: Path, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    same = {"rewrite_gen": [0.0], "locality": {"near_gen": [1.0]}, "metric_meta": {"a": 1}, "p": 0.5}
+    same: dict[str, Any] = {"rewrite_gen": [0.0], "locality": {"near_gen": [1.0]}, "metric_meta": {"a": 1}, "p": 0.5}
     assert faults([(same, {**same, "metric_meta": {}, "p": 0.5 + 1e-6})]) == []
     moved = {**same, "locality": {"near_gen": [0.0]}}
     assert "locality is below 1 in 1 of 2 cases" in faults([(same, same), ({**same, "locality": {}}, moved)])[0]

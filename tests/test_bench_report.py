@@ -200,6 +200,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bench") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("easyeditor.bench.cost.TOKENS", 2)  # a measurement that says little and takes no time
+        patch.setattr("easyeditor.bench.scoring.TEXTS", 2)
         said = invoke("bench", "--methods", "ice", "--n", 1, "--max-new-tokens", 4, "--out", folder)
     assert "ICE *" in said.stdout
     assert "answer in the context" in said.stdout

@@ -35,6 +35,7 @@ def run(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     max_new_tokens: int = 24,
     test_generation: bool = False,
+    also: Sequence[str] = (),
     chat: bool = False,
     dtype: str | None = None,
     device: str | int | None = None,
@@ -55,6 +56,8 @@ def run(
         settings: Method -> settings that go before the packaged row of the model.
         max_new_tokens: The longest free answer, in tokens.
         test_generation: Whether to score fluency too.
+        also: What else to score: ``robustness`` (negation, true or false, cloze), ``prefix`` (behind an unrelated
+            text), ``rouge`` and ``bleu`` (long answers).
         chat: Whether to go through the model's chat template.
         dtype: In which precision to load; None: that of the checkpoint.
         device: Where to put the model.
@@ -80,6 +83,7 @@ def run(
         checkpoints=checkpoints,
         max_new_tokens=max_new_tokens,
         test_generation=test_generation,
+        also=tuple(also),
         chat=chat,
         dtype=dtype,
         device=device,

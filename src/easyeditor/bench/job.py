@@ -135,6 +135,7 @@ class Job:
             last = step == self.part.steps[-1]
             if "latency" not in about and Ledger.of(lm).active and (last or not stays):
                 about["latency"] = latency(lm, self.facts[places.start].prompt)
+                about["perplexity"] = scoring.damage()
             if not stays:
                 Ledger.of(lm).reset()
         self.log.append([about])

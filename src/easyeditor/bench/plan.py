@@ -13,16 +13,20 @@ from typing import Any
 
 from easyeditor.bench.controls import NO_OP, PROMPT, UNEDITED, nonsense_of
 from easyeditor.bench.schedule import Schedule
+from easyeditor.core.corpus import read_corpus
 from easyeditor.data.files import load_requests
 from easyeditor.data.tinyfacts import TinyFacts
 from easyeditor.errors import UsageError, did_you_mean
 from easyeditor.hparams import HyperParams
+from easyeditor.metrics.scores import TEXT_SCORES, Scores
 from easyeditor.registry import get_method
 from easyeditor.requests import EditRequest
 
 log = logging.getLogger(__name__)
 
 BUNDLED = "tinyfacts"
+ALSO = ("robustness", "prefix", "rouge", "bleu")  # scores on request
+LONG = 400  # characters of the unrelated text
 USUAL = 100  # facts, where nobody says how many
 
 
@@ -61,6 +65,7 @@ class Plan:
         settings: Method -> settings that go before the packaged row.
         max_new_tokens: The longest free answer.
         test_generation: Whether to score fluency too.
+        also: What else is scored; see `ALSO`.
         chat: Whether to go through the chat template.
         dtype: In which precision the model is loaded.
         device: Where it is put.
@@ -77,6 +82,7 @@ class Plan:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     max_new_tokens: int = 24
     test_generation: bool = False
+    also: tuple[str, ...] = ()
     chat: bool = False
     dtype: str | None = None
     device: str | int | None = None
@@ -90,6 +96,13 @@ class Plan:
     def how(self) -> Schedule:
         """The schedule."""
         return Schedule.parse(self.schedule)
+
+    @property
+    def scores(self) -> Scores:
+        """What is computed beside the core scores: locality by divergence always, the rest on request."""
+        texts: tuple[Any, ...] = tuple(name for name in self.also if name in TEXT_SCORES)
+        unrelated = next(iter(read_corpus("texts")))[:LONG] if "prefix" in self.also else None
+        return Scores(divergence=True, robustness="robustness" in self.also, prefix=unrelated, texts=texts)
 
     def rows(self) -> list[Row]:
         """The controls and the methods, in the order in which they are run."""
@@ -163,6 +176,8 @@ def plan_of(
     given = {get_method(name).name: dict(values) for name, values in (settings or {}).items()}
     if strange := [name for name in given if name not in names]:
         raise UsageError(f"There are settings for '{strange[0]}', which is not run. {did_you_mean(strange[0], names)}")
+    if odd := [name for name in rest.get("also", ()) if name not in ALSO]:
+        raise UsageError(f"There is no score '{odd[0]}' to be had on request. {did_you_mean(odd[0], ALSO)}")
     plan = Plan(names, model, data, hash_of(pool), count, str(how), seeds, settings=given, **rest)
     for name in names:
         plan.hparams(name, 0).check()

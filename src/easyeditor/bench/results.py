@@ -17,6 +17,7 @@ from easyeditor.bench.log import Line
 from easyeditor.bench.plan import Row
 from easyeditor.editors.summary import summarise
 from easyeditor.errors import UsageError
+from easyeditor.metrics.retention import retention
 
 HEADLINES: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("reliability", lambda name: name == "rewrite_gen"),
@@ -24,6 +25,7 @@ HEADLINES: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("locality", lambda name: name.startswith("locality.") and name.endswith("_gen")),
     ("portability", lambda name: name.startswith("portability.") and name.endswith("_gen")),
 )
+HELD = "still held"
 ENDS = 5  # the first and the last fifth of the edits are compared
 
 Scores = dict[str, float]
@@ -95,6 +97,7 @@ class RowResult:
         found = ["answer in the context"] if self.row.in_context else []
         found += ["edited one by one: takes no batch"] if self.row.one_by_one else []
         found += [f"{len(self.failed)} failed"] if self.failed else []
+        found += ["reads other text much worse"] if (self.perplexity or {}).get("alarm") else []
         found += [f"{self.unscored} unscored"] if self.unscored else []
         found += [f"unfinished: {len(self.cases)} of {self.expected}"] if len(self.cases) < self.expected else []
         return found + ([f"not run: {self.error}"] if self.error else [])
@@ -132,6 +135,11 @@ class RowResult:
         found = {name: Mean.of([scores[name] for scores in scored if name in scores]) for name in names}
         return {name: mean for name, mean in found.items() if mean is not None}
 
+    @property
+    def perplexity(self) -> dict[str, Any] | None:
+        """Perplexity on held-out text before and after; see `Scoring.damage`."""
+        return next((line["perplexity"] for line in reversed(self.about) if line.get("perplexity")), None)
+
     @cached_property
     def protocols(self) -> dict[str, str]:
         """Score -> under what it was made."""
@@ -146,8 +154,19 @@ class RowResult:
         return _headlines(self.scored(phase))
 
     def retention(self) -> list[tuple[int, dict[str, Mean]]]:
-        """At each checkpoint: after how many edits, and the headline scores of all facts edited so far."""
-        return [(end, _headlines([scores for _, scores in self._at[end]])) for end in self.ends]
+        """At each checkpoint: after how many edits, and the headline scores of all facts edited so far.
+
+        Beside them ``still held``: of the facts that held right after their edit, the share that holds then.
+        """
+        first = {(line["seed"], line["case"]): line["post"] for line in self.cases}
+        found = []
+        for end in self.ends:
+            lines = [line for line, _ in self._at[end] if (line["seed"], line["case"]) in first]
+            earlier = [first[line["seed"], line["case"]] for line in lines]
+            held = [value for value in retention(earlier, [line["post"] for line in lines]) if value is not None]
+            means = _headlines([scores for _, scores in self._at[end]])
+            found.append((end, means | ({HELD: mean} if (mean := Mean.of(held)) is not None else {})))
+        return found
 
     def first_and_last(self) -> dict[str, tuple[Mean, Mean]]:
         """Reliability of the first and of the last fifth of the edits: right after their edit, and at the end."""

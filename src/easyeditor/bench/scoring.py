@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from easyeditor.bench.before import Before, Scores, answers_key, model_key
 from easyeditor.bench.editing import sentence
 from easyeditor.bench.plan import Plan
+from easyeditor.edits.ledger import Ledger
 from easyeditor.lm.model import LM
+from easyeditor.metrics.perplexity import Perplexity, alarm, perplexity
 from easyeditor.metrics.quality import compare_locality, quality
 from easyeditor.requests import EditRequest
+
+TEXTS, TEXT_TOKENS = 50, 128  # held-out texts, and how much of each is read
 
 
 class Scoring:
@@ -30,7 +35,10 @@ class Scoring:
     def __init__(self, plan: Plan, lm: LM, folder: Path, writer: str = "") -> None:
         self.plan, self.lm = plan, lm
         self.fingerprint = model_key(lm)
+        self.wanted = plan.scores
+        self._perplexity: Perplexity | None = None
         how = {"max_new_tokens": plan.max_new_tokens, "test_generation": plan.test_generation}
+        how |= self.wanted.to_dict()
         self.before = Before(folder, f"before{writer}", answers_key(lm, self.fingerprint, how), self.alone)
 
     def alone(self, facts: Sequence[EditRequest]) -> list[Scores]:
@@ -38,7 +46,12 @@ class Scoring:
         plan = self.plan
         try:
             return quality(
-                self.lm, facts, max_new_tokens=plan.max_new_tokens, test_generation=plan.test_generation, seed=0
+                self.lm,
+                facts,
+                max_new_tokens=plan.max_new_tokens,
+                test_generation=plan.test_generation,
+                seed=0,
+                scores=self.wanted,
             )
         except OSError:  # a full disk is no property of the fact
             raise
@@ -46,6 +59,21 @@ class Scoring:
             if len(facts) == 1:
                 return [{"unscored": sentence(error)}]
             return [scores for fact in facts for scores in self.alone([fact])]
+
+    def damage(self) -> dict[str, Any] | None:
+        """Perplexity on held-out text without and with the edits that are on the model; None if there is no such thing.
+
+        Returns:
+            ``before``, ``after`` and ``alarm``: a sentence if the model reads much worse, else None.
+        """
+        if self.lm.seq2seq:
+            return None
+        if self._perplexity is None:
+            with Ledger.of(self.lm).suspended():
+                self._perplexity = perplexity(self.lm, texts=TEXTS, max_tokens=TEXT_TOKENS)
+        after = perplexity(self.lm, texts=TEXTS, max_tokens=TEXT_TOKENS)
+        told = alarm(self._perplexity, after)
+        return {"before": self._perplexity.to_dict(), "after": after.to_dict(), "alarm": told}
 
     def compared(self, facts: Sequence[EditRequest], before: Sequence[Scores]) -> list[Scores]:
         """The scores of facts, with how far their locality probes agree with the scores before."""

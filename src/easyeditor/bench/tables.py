@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from easyeditor.bench.cost import PARTS
-from easyeditor.bench.results import HEADLINES, Mean, Results, RowResult, check_comparable
+from easyeditor.bench.results import HEADLINES, HELD, Mean, Results, RowResult, check_comparable
 
 PHASES = {"post": "right after its edit", "final": "at the end"}
 COSTS = (*PARTS, "other", "edit", "scoring")
 UNITS = (
+    "Perplexity: the median over held-out texts, with the edits of the first step on the model, or with all that stay. "
     "Cost: seconds per fact, by part of the edit; 'edit' is their sum; 'once' is what is prepared once per model. MB: "
     "the process at the peak of an edit; device MB: the accelerator. KB: the tensors of an edit, per fact. ms/token: "
     "what an edit adds to each generated token, the prompt's pass included."
@@ -65,9 +66,11 @@ def _quality(runs: Sequence[Results], phase: str, several: bool) -> Sheet:
     for run, each, means in found:
         n = str(len(each.scored(phase)))
         seconds = each.cost().get("edit") if each.row.method else None
-        last = (_number(seconds), "; ".join(each.remarks) or None)
+        read = each.perplexity or {}
+        text = read.get("after", {}).get("median")
+        last = (_number(text), _number(seconds), "; ".join(each.remarks) or None)
         rows.append((*labels[id(run)], _name(each), n, *(_text(means.get(name)) for name in names), *last))
-    columns = (*_label_heads(runs), "row", "n", *names, "s per fact", "remarks")
+    columns = (*_label_heads(runs), "row", "n", *names, "perplexity", "s per fact", "remarks")
     return Sheet(f"Quality {PHASES[phase]}" if several else "Quality", columns, rows)
 
 
@@ -102,14 +105,15 @@ def scores_sheet(runs: Sequence[Results]) -> Sheet:
 def retention_sheet(runs: Sequence[Results]) -> Sheet | None:
     """Headline scores of all facts edited so far, by how many that are; None without sequential runs."""
     labels, rows = _labels(runs), []
+    names = (HELD, *(name for name, _ in HEADLINES))
     for run in runs:
         for each in run.rows:
             for end, means in each.retention():
-                cells = [_text(means.get(name)) for name, _ in HEADLINES]
+                cells = [_text(means.get(name)) for name in names]
                 rows.append((*labels[id(run)], _name(each), str(end), *cells))
     if not rows:
         return None
-    return Sheet("Retention", (*_label_heads(runs), "row", "edits", *(name for name, _ in HEADLINES)), rows)
+    return Sheet("Retention", (*_label_heads(runs), "row", "edits", *names), rows)
 
 
 def notes(runs: Sequence[Results]) -> list[str]:

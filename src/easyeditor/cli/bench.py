@@ -36,6 +36,9 @@ def bench(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest free answer, in tokens.")] = 24,
     fluency: Annotated[bool, typer.Option("--fluency", help="Score a longer generated text too.")] = False,
+    also: Annotated[
+        str, typer.Option("--also", help="Other scores, with commas: robustness, prefix, rouge, bleu.")
+    ] = "",
     cluster: Annotated[
         str | None,
         typer.Option("--cluster", metavar="WHERE", help="Spread the work over Ray: 'local:2', or a cluster's address."),
@@ -67,6 +70,7 @@ def bench(
         settings=given,
         max_new_tokens=max_new_tokens,
         test_generation=fluency,
+        also=[name.strip() for name in also.split(",") if name.strip()],
         chat=chat,
         dtype=dtype,
         device=device_of(device),
