@@ -3,8 +3,8 @@
     python benchmarks/scoring.py
     python benchmarks/scoring.py --data counterfact.json
 
-CounterFact records (from --data, or counterfact/counterfact.json in the folder that EASYEDITOR_DATA names, else facts of
-tinyfacts) on a model of GPT-2-small's shape with random weights. The plain way calls the transformers model directly:
+CounterFact records (from --data, or counterfact/counterfact.json in the folder that EASYEDITOR_DATA names, else facts
+of tinyfacts) on a model of GPT-2-small's shape with random weights. The plain way calls the transformers model itself:
 `generate` for every prompt, and one forward pass for every prompt with every answer under which it is read. Both ways
 run in turns in one process, and their answers are compared: the texts, the tokens that are likeliest at the places of a
 given answer, and its log-probability. Random weights leave ties in the last bit of a number, where a batch may choose
@@ -70,8 +70,12 @@ def plain(lm: LM, requests: Sequence[EditRequest], found: Plain) -> None:
         for prompt in _prompts(request):
             inputs = lm.tokenizer(prompt, return_tensors="pt")
             ids = lm.model.generate(
-                **inputs, max_new_tokens=TOKENS, do_sample=False, pad_token_id=lm.text.pad_id
-            )  # with its own cache
+                **inputs,
+                max_new_tokens=TOKENS,
+                do_sample=False,
+                pad_token_id=lm.text.pad_id,
+                eos_token_id=sorted(lm.text.eos_ids),
+            )
             said = lm.tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
             found.texts[prompt] = said.strip().split("\n")[0].strip()
             found.asked[0] += 1
