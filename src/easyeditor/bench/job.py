@@ -42,7 +42,14 @@ class Part:
     steps: range
 
     def how(self, plan: Plan) -> Schedule:
-        """The schedule: the unedited model and the fact in the prompt have each case by itself."""
+        """The schedule: the unedited model and the fact in the prompt have each case by itself.
+
+        Zeros are put on one by one all the same, but scored together up to the next checkpoint: there is nothing to be
+        seen in between.
+        """
+        if self.row.control == "no-op":
+            size = -(-plan.n // plan.checkpoints) if plan.how.stays else PART
+            return Schedule("sequential" if plan.how.stays else "batch", max(size, plan.how.size))
         return Schedule("single") if self.row.control in ("unedited", "prompt") else plan.how
 
 

@@ -43,7 +43,7 @@ figure { margin: 0; } figcaption { color: var(--soft); }
 div.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 2rem; }
 svg { width: 100%; height: auto; font-size: 12px; } svg text { fill: var(--ink); }
 .grid { stroke: var(--rule); } .leader { stroke: var(--rule); stroke-dasharray: 2 3; }
-.track { fill: none; stroke-width: 2; } .ring { fill: var(--paper); stroke-width: 2; }
+.track { fill: none; stroke-width: 2; } .ring, .hollow { fill: var(--paper); stroke-width: 2; } .hollow { fill: none; }
 """ + "".join(
     f".fill{i}, svg text.fill{i} {{ fill: var(--c{i}); }} .stroke{i} {{ stroke: var(--c{i}); }}\n" for i in range(HUES)
 )

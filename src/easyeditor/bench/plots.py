@@ -72,7 +72,7 @@ def scatter(dots: Sequence[Dot], x: str, y: str, below: str) -> str:
         parts.append(_line(px, TOP, px, TOP + tall, "grid") + _text(px, TOP + tall + 18, f"{tick:g}", "middle"))
     parts.append(_text(left + wide / 2, height - 6, x, "middle"))
     parts.append(_text(14, TOP + tall / 2, f"{y}; ring: {below}", "middle", turned=True))
-    heights = _apart([place(dot.x, dot.y)[1] + 4 for dot in dots])
+    heights = _apart([place(dot.x, dot.y)[1] + 4 for dot in dots], TOP + tall + 12)
     for dot, label in zip(dots, heights, strict=True):
         px, py = place(dot.x, dot.y)
         if dot.below is not None:
@@ -104,7 +104,7 @@ def lines(tracks: Sequence[Track], x: str, y: str) -> str:
         parts.append(_text(left + value / most * wide, TOP + tall + 18, f"{value:g}", "middle"))
     parts.append(_text(left + wide / 2, height - 6, x, "middle"))
     parts.append(_text(14, TOP + tall / 2, y, "middle", turned=True))
-    heights = _apart([TOP + (1 - track.points[-1][1]) * tall + 4 for track in tracks])
+    heights = _apart([TOP + (1 - track.points[-1][1]) * tall + 4 for track in tracks], TOP + tall + 12)
     for track, label in zip(tracks, heights, strict=True):
         hue = track.hue % HUES
         places = [(left + p / most * wide, TOP + (1 - v) * tall) for p, v in track.points]
@@ -170,19 +170,21 @@ def pairs(rows: Sequence[Pair], first: str, last: str) -> str:
         a, b = LEFT + row.first * wide, LEFT + row.last * wide
         parts.append(_text(LEFT - 8, y + 4, row.name, "end") + _line(a, y, b, y, f"stroke{hue}"))
         parts.append(f'<circle cx="{b:.1f}" cy="{y}" r="5" class="fill{hue}"/>')
-        parts.append(f'<circle cx="{a:.1f}" cy="{y}" r="6.5" class="ring stroke{hue}"/>')
+        parts.append(f'<circle cx="{a:.1f}" cy="{y}" r="6.5" class="hollow stroke{hue}"/>')
     parts.append(_text(LEFT + wide / 2, bottom + 36, f"ring: {first}; dot: {last}", "middle"))
     return _svg(bottom + 46, parts, f"{first} and {last}")
 
 
-def _apart(heights: Sequence[float]) -> list[float]:
-    """Heights of labels, moved down as far as they would stand on each other, and up again if that is below them."""
+def _apart(heights: Sequence[float], lowest: float) -> list[float]:
+    """Heights of labels, moved down as far as they would stand on each other, and up again from the lowest place."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
-    out, last = [0.0] * len(heights), float("-inf")
+    out, last = list(heights), float("-inf")
     for i in order:
-        last = out[i] = max(heights[i], last + LABEL)
-    over = max((out[i] for i in order), default=0.0) - max(heights, default=0.0)
-    return [y - max(over, 0.0) / 2 for y in out]
+        last = out[i] = max(out[i], last + LABEL)
+    last = lowest + LABEL
+    for i in reversed(order):
+        last = out[i] = min(out[i], last - LABEL)
+    return out
 
 
 def _text(x: float, y: float, text: str, anchor: str, style: str = "", turned: bool = False) -> str:

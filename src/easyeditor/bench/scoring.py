@@ -17,6 +17,8 @@ from easyeditor.requests import EditRequest
 
 TEXTS, TEXT_TOKENS = 50, 128  # held-out texts, and how much of each is read
 
+ROWS = 64  # prompts per forward pass
+
 
 class Scoring:
     """Scores facts as a plan says.
@@ -49,6 +51,7 @@ class Scoring:
                 self.lm,
                 facts,
                 max_new_tokens=plan.max_new_tokens,
+                batch_size=ROWS,
                 test_generation=plan.test_generation,
                 seed=0,
                 scores=self.wanted,
