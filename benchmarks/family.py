@@ -37,7 +37,7 @@ from easyeditor.core.prompts import Fact, facts_of
 from easyeditor.core.rows import batch_of
 from easyeditor.core.solve import NullSpace, Solution, System
 from easyeditor.core.spread import Reader, spread
-from easyeditor.core.values import GROUP
+from easyeditor.core.values import groups
 from easyeditor.editors.perform import make_edit, prepared, put_on
 from easyeditor.edits.edit import WeightEdit
 from easyeditor.edits.health import health
@@ -196,13 +196,12 @@ def read(method: Method, facts: Sequence[Fact]) -> Reader:
 
 
 def values_floor(method: Method, requests: Sequence[EditRequest], speed: float) -> tuple[float, float]:
-    """Operations over the rate, and the products alone in groups as large as the optimisation makes them."""
+    """Operations over the rate, and the products alone, batch by batch as the optimisation makes them."""
     lm, top = method.lm, method.hparams.layers[-1]
     facts = facts_of(requests, method.state["contexts"])
-    everything = batch_of(lm, facts)
-    groups = -(-everything.ids[:, everything.prefix :].numel() // GROUP)
-    part = batch_of(lm, facts[: -(-len(facts) // groups)])
-    return operations(lm, everything, top) / speed, products_alone(lm, part, top) * groups
+    batches = [batch_of(lm, [facts[i] for i in group]) for group in groups(lm, facts)]
+    work = sum(operations(lm, batch, top) for batch in batches)
+    return work / speed, sum(products_alone(lm, batch, top) for batch in batches)
 
 
 def keys_floor(method: Method, requests: Sequence[EditRequest], speed: float) -> tuple[float, float]:

@@ -26,7 +26,8 @@ from easyeditor.lm.hooks import fused_activations
 from easyeditor.lm.model import LM
 from easyeditor.requests import EditRequest
 
-GROUP = 2048  # tokens from the subjects on, per batch: enough to fill the processor, few enough to stay in memory
+GROUP = 2048  # tokens from the subjects on, per batch at most, so that it stays in memory
+ENOUGH = 512  # tokens that fill the processor: from here on, a longer fact begins a batch rather than lengthen all
 FEWER = 0.75  # a batch is made smaller when no more than this share of it is still moving
 STEEPEST = 1e6  # a larger step leaves the range in which squares can be computed
 
@@ -144,15 +145,21 @@ def optimise(lm: LM, facts: Sequence[Fact], layer: int, settings: ValueSettings)
     found = torch.zeros(len(facts), len(settings.kinds), lm.width, device=lm.device)
     out: dict[int, Value] = {}
     with lm.frozen(), fused_activations(lm.model):
-        for group in _groups(lm, facts, in_order=settings.extra is not None):
+        for group in groups(lm, facts, in_order=settings.extra is not None):
             out |= dict(
                 zip(group, _Group(lm, [facts[i] for i in group], group, place, settings, found).solve(), strict=True)
             )
     return [out[i] for i in range(len(facts))]
 
 
-def _groups(lm: LM, facts: Sequence[Fact], in_order: bool) -> Iterator[list[int]]:
-    """Facts whose rows are about equally long, as many as the budget allows."""
+def groups(lm: LM, facts: Sequence[Fact], in_order: bool = False) -> Iterator[list[int]]:
+    """The batches: facts, by number, whose rows are about equally long, as many as the budget allows.
+
+    Args:
+        lm: The model.
+        facts: The facts.
+        in_order: Whether facts keep their order; else they are sorted by length.
+    """
     sizes = []
     for fact in facts:
         rows = [fact_row(lm, request, text, request.target_new) for request in fact.requests for text in fact.contexts]
@@ -162,7 +169,8 @@ def _groups(lm: LM, facts: Sequence[Fact], in_order: bool) -> Iterator[list[int]
     rows_in, longest = 0, 0
     for i in order:
         suffix, _, count = sizes[i]
-        if group and (rows_in + count) * max(longest, suffix) > GROUP:
+        full = (rows_in + count) * max(longest, suffix) > GROUP or (suffix > longest and rows_in * longest >= ENOUGH)
+        if group and full:
             yield group
             group, rows_in, longest = [], 0, 0
         group.append(i)
