@@ -31,6 +31,7 @@ from easyeditor.metrics.quality import compare_locality, quality
 from easyeditor.metrics.retention import retention
 from easyeditor.metrics.robustness import is_question, negated, questions
 from easyeditor.metrics.scores import Scores
+from easyeditor.metrics.shared import shared_logits, shared_rows
 from easyeditor.metrics.text import exact_match
 from easyeditor.requests import EditRequest, Probe
 from families import build
@@ -136,6 +137,38 @@ def test_kinds_of_locality(name: str, known: str | None) -> None:
 def test_locality_by_kind() -> None:
     scores = [{"locality": {"neighborhood_acc": [1.0, 0.5], "open_gen": [None], "neighborhood_output": [[1]]}}] * 2
     assert by_kind(scores) == {"near": {"acc": [1.0, 0.5, 1.0, 0.5]}, "other": {"gen": [None, None]}}
+
+
+# --- one prompt, several answers -----------------------------------------------------------------------------------
+
+SEVERAL = [
+    (prompt, target)
+    for prompt in ("the capital of ada ra is", "bo lives in", "where does the red cat of cy su live ?", "one")
+    for target in ("lima", "new york .", "paris and then rome")
+] + [("two", "oslo"), ("two three", "oslo")]
+FAMILIES_READ = ["gpt2", "llama", "mistral", "gemma2", "qwen2", "bloom", "falcon", "opt", "neox", "t5", "chatglm"]
+
+
+@pytest.mark.parametrize("family", FAMILIES_READ)
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_a_prompt_is_computed_once_for_all_its_answers(family: str, batch_size: int) -> None:
+    lm = build(family)
+    found = read(lm, SEVERAL, batch_size)
+    for pair in SEVERAL:
+        alone = read(lm, [pair])[pair]
+        assert found[pair].predicted == alone.predicted and found[pair].accuracy == alone.accuracy
+        assert found[pair].log_prob == pytest.approx(alone.log_prob, abs=1e-4)
+
+
+def test_families_that_share() -> None:
+    shared = {family for family in FAMILIES_READ if shared_rows(build(family), SEVERAL)}
+    assert shared >= {"gpt2", "llama", "mistral", "gemma2", "qwen2"}
+    lm = build("gpt2")
+    groups = shared_rows(lm, SEVERAL)
+    with torch.no_grad():
+        assert shared_logits(lm, groups) is not None
+        assert shared_logits(build("chatglm"), groups) is None, "a cache of its own kind: every answer by itself"
+    assert sorted(len(group) for group in groups) == [3, 3, 3], "a prompt of one token has nothing to share"
 
 
 # --- other ways to ask ---------------------------------------------------------------------------------------------

@@ -5,15 +5,18 @@ The answer stands in the input, so these numbers flatter; they are for compariso
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from easyeditor.core.likelihood import answer_logits, answers
 from easyeditor.errors import UsageError
 from easyeditor.lm.model import LM, logits_of
 from easyeditor.lm.text import pad
+from easyeditor.metrics.shared import shared_logits, shared_rows
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Reading:
 
 @torch.no_grad()
 def read(lm: LM, pairs: Sequence[tuple[str, str]], batch_size: int = 16) -> dict[tuple[str, str], Reading]:
-    """Read answers after prompts; equal pairs are read once.
+    """Read answers after prompts; equal pairs are read once, and a prompt with several answers is computed once.
 
     Args:
         lm: The model with whatever edits are on it.
@@ -44,17 +47,50 @@ def read(lm: LM, pairs: Sequence[tuple[str, str]], batch_size: int = 16) -> dict
         Pair -> how it is read.
     """
     unique = sorted(set(pairs), key=lambda pair: len(pair[0]) + len(pair[1]))
+    out = _shared(lm, unique, batch_size)
+    alone = [pair for pair in unique if pair not in out]
+    for start in range(0, len(alone), batch_size):
+        out |= _alone(lm, alone[start : start + batch_size])
+    return out
+
+
+def _alone(lm: LM, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Reading]:
+    """One row per pair."""
+    batch = answers(lm, [(lm.rewrite(prompt), answer) for prompt, answer in pairs])
+    lengths = torch.bincount(batch.rows, minlength=len(pairs)).tolist()
+    return _readings(answer_logits(lm, batch), batch.labels, pairs, lengths)
+
+
+def _shared(lm: LM, pairs: Sequence[tuple[str, str]], batch_size: int) -> dict[tuple[str, str], Reading]:
+    """One cache per prompt with several answers; nothing if that would change a number."""
+    groups = shared_rows(lm, pairs)
     out: dict[tuple[str, str], Reading] = {}
-    for start in range(0, len(unique), batch_size):
-        part = unique[start : start + batch_size]
-        batch = answers(lm, [(lm.rewrite(prompt), answer) for prompt, answer in part])
-        logp = answer_logits(lm, batch).float().log_softmax(-1)
-        labels, rows = batch.labels.to(logp.device), batch.rows.to(logp.device)
-        gold, best = logp.gather(1, labels[:, None]).squeeze(1), logp.argmax(-1)
-        for i, pair in enumerate(part):
-            own = rows == i
-            hits = (best[own] == labels[own]).float().mean()
-            out[pair] = Reading(tuple(best[own].tolist()), float(hits), float(gold[own].mean()))
+    for start in range(0, len(groups), batch_size):
+        found = shared_logits(lm, groups[start : start + batch_size])
+        if found is None:
+            return {}
+        logits, rows = found
+        labels = torch.tensor([label for row in rows for label in row.labels])
+        out |= _readings(logits, labels, [row.pair for row in rows], [len(row.labels) for row in rows])
+        if start == 0:
+            pair = rows[-1].pair
+            plain = _alone(lm, [pair])[pair]
+            if not math.isclose(plain.log_prob, out[pair].log_prob, rel_tol=1e-4, abs_tol=1e-4):
+                return {}
+    return out
+
+
+def _readings(
+    logits: Tensor, labels: Tensor, pairs: Sequence[tuple[str, str]], lengths: Sequence[int]
+) -> dict[tuple[str, str], Reading]:
+    """From the logits of all answer tokens, (tokens, vocab), row after row."""
+    logp = logits.float().log_softmax(-1)
+    gold, best = logp.gather(1, labels.to(logp.device)[:, None]).squeeze(1), logp.argmax(-1)
+    hits = (best == labels.to(best.device)).float()
+    out: dict[tuple[str, str], Reading] = {}
+    parts = zip(pairs, *(torch.split(part, list(lengths)) for part in (best, hits, gold)), strict=True)
+    for pair, predicted, right, likely in parts:
+        out[pair] = Reading(tuple(predicted.tolist()), float(right.mean()), float(likely.mean()))
     return out
 
 
