@@ -45,7 +45,7 @@ def records(data: str | None, count: int) -> list[EditRequest]:
     """The first records of a file, or of tinyfacts."""
     folder = os.environ.get("EASYEDITOR_DATA")
     path = Path(data) if data else Path(folder, "counterfact", "counterfact.json") if folder else None
-    return list(load_requests(path)[:count]) if path else list(TinyFacts()[:count])
+    return load_requests(path, count) if path else TinyFacts().requests(limit=count)
 
 
 @dataclass

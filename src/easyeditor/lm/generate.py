@@ -136,8 +136,9 @@ def _batch(
         logits = step.logits()
         for processor in lm.processors:
             logits = processor(step.ids, logits)
-        for i, row in enumerate(batch) if watch and n == 0 else ():
-            watch(row, logits[i])
+        if watch is not None and n == 0:
+            for i, row in enumerate(batch):
+                watch(row, logits[i])
         chosen = (logits.argmax(-1) if choose is None else choose(logits)).to(ids.device)
         tokens = chosen.tolist()
         for i in list(running):
