@@ -36,6 +36,7 @@ def run(
     max_new_tokens: int = 24,
     test_generation: bool = False,
     also: Sequence[str] = (),
+    held_out: str = "texts",
     chat: bool = False,
     dtype: str | None = None,
     device: str | int | None = None,
@@ -58,6 +59,7 @@ def run(
         test_generation: Whether to score fluency too.
         also: What else to score: ``robustness`` (negation, true or false, cloze), ``prefix`` (behind an unrelated
             text), ``rouge`` and ``bleu`` (long answers).
+        held_out: Text for perplexity: a file with a text to a line, or a bundled corpus (``texts``, ``tinyfacts``).
         chat: Whether to go through the model's chat template.
         dtype: In which precision to load; None: that of the checkpoint.
         device: Where to put the model.
@@ -84,6 +86,7 @@ def run(
         max_new_tokens=max_new_tokens,
         test_generation=test_generation,
         also=tuple(also),
+        held_out=held_out,
         chat=chat,
         dtype=dtype,
         device=device,

@@ -44,12 +44,10 @@ class Part:
     def how(self, plan: Plan) -> Schedule:
         """The schedule: the unedited model and the fact in the prompt have each case by itself.
 
-        Zeros are put on one by one all the same, but scored together up to the next checkpoint: there is nothing to be
-        seen in between.
+        Zeros are put on one by one all the same, but many are scored together: there is nothing to be seen in between.
         """
         if self.row.control == "no-op":
-            size = -(-plan.n // plan.checkpoints) if plan.how.stays else PART
-            return Schedule("sequential" if plan.how.stays else "batch", max(size, plan.how.size))
+            return Schedule("sequential" if plan.how.stays else "batch", max(PART, plan.how.size))
         return Schedule("single") if self.row.control in ("unedited", "prompt") else plan.how
 
 
@@ -69,7 +67,7 @@ class Job:
         self.how = part.how(plan)
         self.place = place_of(folder, part.row.name, part.seed)
         self.log = Log(self.place / f"log{writer}.jsonl")
-        self.ends = self.how.checkpoints(plan.n, plan.checkpoints)
+        self.ends = self.how.checkpoints(plan.n, 1 if part.row.control else plan.checkpoints)
         steps = self.how.steps(plan.n)
         self.cases = {i for step in part.steps for i in steps[step]}
         self.again = {(end, i) for end in self.ends for i in range(end)}
@@ -100,6 +98,7 @@ class Job:
             DamagedFile: A file of it is not what was written.
         """
         if not self.missing:
+            self._clear()  # a kill may have come between the last line and this
             return
         try:
             yield from self._unedited(scoring) if self.part.row.control == "unedited" else self._edited(scoring)
@@ -146,7 +145,7 @@ class Job:
             if not stays:
                 Ledger.of(lm).reset()
         self.log.append([about])
-        shutil.rmtree(self.place / "edits", ignore_errors=True)
+        self._clear()
 
     def _step(
         self, scoring: Scoring, editing: Editing, step: int, places: range, before: Mapping[int, Scores]
@@ -191,6 +190,10 @@ class Job:
             )
         for edit in edits:
             Ledger.of(scoring.lm).apply(edit)
+
+    def _clear(self) -> None:
+        """Delete the edits of a finished row, which nobody needs any more."""
+        shutil.rmtree(self.place / "edits", ignore_errors=True)
 
     def _kept(self, step: int) -> Path:
         return self.place / "edits" / f"{step:06d}"

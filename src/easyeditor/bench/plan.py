@@ -66,6 +66,7 @@ class Plan:
         max_new_tokens: The longest free answer.
         test_generation: Whether to score fluency too.
         also: What else is scored; see `ALSO`.
+        held_out: Text for perplexity: a file, or the name of a bundled corpus.
         chat: Whether to go through the chat template.
         dtype: In which precision the model is loaded.
         device: Where it is put.
@@ -83,6 +84,7 @@ class Plan:
     max_new_tokens: int = 24
     test_generation: bool = False
     also: tuple[str, ...] = ()
+    held_out: str = "texts"
     chat: bool = False
     dtype: str | None = None
     device: str | int | None = None
@@ -179,6 +181,7 @@ def plan_of(
     if odd := [name for name in rest.get("also", ()) if name not in ALSO]:
         raise UsageError(f"There is no score '{odd[0]}' to be had on request. {did_you_mean(odd[0], ALSO)}")
     plan = Plan(names, model, data, hash_of(pool), count, str(how), seeds, settings=given, **rest)
+    read_corpus(plan.held_out)
     for name in names:
         plan.hparams(name, 0).check()
         needs = get_method(name).needs

@@ -73,8 +73,8 @@ class Scoring:
             return None
         if self._perplexity is None:
             with Ledger.of(self.lm).suspended():
-                self._perplexity = perplexity(self.lm, texts=TEXTS, max_tokens=TEXT_TOKENS)
-        after = perplexity(self.lm, texts=TEXTS, max_tokens=TEXT_TOKENS)
+                self._perplexity = perplexity(self.lm, self.plan.held_out, texts=TEXTS, max_tokens=TEXT_TOKENS)
+        after = perplexity(self.lm, self.plan.held_out, texts=TEXTS, max_tokens=TEXT_TOKENS)
         told = alarm(self._perplexity, after)
         return {"before": self._perplexity.to_dict(), "after": after.to_dict(), "alarm": told}
 

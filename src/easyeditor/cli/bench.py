@@ -39,6 +39,9 @@ def bench(
     also: Annotated[
         str, typer.Option("--also", help="Other scores, with commas: robustness, prefix, rouge, bleu.")
     ] = "",
+    held_out: Annotated[
+        str, typer.Option("--held-out", metavar="TEXT", help="Text for perplexity: a file, texts or tinyfacts.")
+    ] = "texts",
     cluster: Annotated[
         str | None,
         typer.Option("--cluster", metavar="WHERE", help="Spread the work over Ray: 'local:2', or a cluster's address."),
@@ -74,6 +77,7 @@ def bench(
         chat=chat,
         dtype=dtype,
         device=device_of(device),
+        held_out=held_out,
         cluster=cluster,
     )
     files = written([result], folder)
