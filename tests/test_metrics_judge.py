@@ -198,5 +198,5 @@ def test_scores_of_a_judge(stub: Stub) -> None:
     assert len(scores["rephrase_judge"]) == 2
     assert scores["metric_meta"]["rewrite_judge"]["scorer"] == "llm_judge:stub-1"
     stub.failures = [400]
-    other = quality(lm, [toy.request(1)], scores=Scores(judge=judge(stub)))[0]
+    other = quality(lm, [toy.request(1)], scores=Scores(judge=judge(stub, workers=1)))[0]
     assert other["rewrite_judge"] == [None] and other["rewrite_gen"] == [0.0], "the other scores are there"
