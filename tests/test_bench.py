@@ -470,10 +470,14 @@ def test_a_cluster_gives_the_same_numbers_also_when_a_worker_dies(kept: Path, tm
         alone, spread = tmp_path / f"alone-{schedule[:3]}", tmp_path / f"spread-{schedule[:3]}"
         bench.run(out=alone, schedule=schedule, **said, **given)
         killed: list[int] = []
-        watcher = threading.Thread(target=_kill_one, args=(spread, killed))
+        over = threading.Event()
+        watcher = threading.Thread(target=_kill_one, args=(spread, killed, over))
         watcher.start()
-        bench.run(out=spread, schedule=schedule, cluster="local:2", **said, **given)
-        watcher.join()
+        try:
+            bench.run(out=spread, schedule=schedule, cluster="local:2", **said, **given)
+        finally:
+            over.set()
+            watcher.join()
         assert killed
         assert len(list(spread.glob("rows/*/*/log-*.jsonl"))) > 6
         assert numbers(spread) == numbers(alone)
@@ -481,15 +485,14 @@ def test_a_cluster_gives_the_same_numbers_also_when_a_worker_dies(kept: Path, tm
         assert set(facts_known) == set(before_of(alone))
 
 
-def _kill_one(out: Path, killed: list[int]) -> None:
+def _kill_one(out: Path, killed: list[int], over: threading.Event) -> None:
     """Kill the first worker that has written a case of a method."""
-    for _ in range(20000):
+    while not over.wait(0.005):
         for path in out.glob("rows/GRACE/*/log-*.jsonl"):
             if read(path):
                 killed.append(int(path.stem.rpartition("-")[2]))
                 os.kill(killed[0], signal.SIGKILL)
                 return
-        time.sleep(0.005)
 
 
 def test_a_cluster_that_cannot_be(tmp_path: Path, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
