@@ -57,6 +57,8 @@ class HyperParams:
     batch_size: int = 1  # requests per edit, for methods that take several
     max_new_tokens: int = 24  # the longest free answer, in tokens
     seed: int = 0  # for whatever a method draws
+    evaluation_type: str | None = None  # 'LLM-judge' or 'generate-text': free answers instead of token accuracy
+    api_key: str | None = dataclasses.field(default=None, repr=False)  # of the judge; no file and no edit gets it
 
     also: ClassVar[tuple[str, ...]] = ()  # other values of alg_name that existing files use
 
@@ -147,7 +149,7 @@ class HyperParams:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, in a form that JSON can hold."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "api_key"}
         if not isinstance(self.model_name, str):
             values["model_name"] = type(self.model_name[0]).__name__
         return values

@@ -10,7 +10,7 @@ KINDS = MappingProxyType(
     {
         "distracting": ("distract",),
         "far": ("far", "forget", "unrelated", "random", "nq", "loc_hop", "general", "other_question"),
-        "near": ("near", "neighbo", "specific", "same_subject", "same_relation", "attribute", "subject"),
+        "near": ("near", "neighbo", "specific", "same_relation", "attribute", "subject", "prerequisite", "coupled"),
     }
 )
 
