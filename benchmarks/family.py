@@ -2,10 +2,10 @@
 
     python benchmarks/family.py
 
-Prints one table: the seconds of a single edit; those per fact of a batch, for values, keys, solve and apply, each next
-to its arithmetic floor, which is the operations counted over the rate of a large product (fp32; fp64 for the solve),
-and next to the same matrix products timed alone; and what an edit needs of memory over the loaded model. ``apply`` is
-the change of the weights and the pass that checks it, ``record`` are an edit's health and fingerprints.
+Prints tables per method: the seconds of a single edit; those per fact of a batch, for values, keys, solve and apply,
+each next to its arithmetic floor, which is the operations counted over the rate of a large product (fp32; fp64 for the
+solve), and next to the same matrix products timed alone; and what an edit needs of memory over the loaded model.
+``apply`` is the change of the weights and the pass that checks it, ``record`` are an edit's health and fingerprints.
 
 Statistics come from the bundled prose; they, the sampled contexts, the factor of lambda C and the null space are made
 once per model and not counted. Values take all their steps: the loss at which they would stop is set to zero.
@@ -347,10 +347,10 @@ def memory_rows(table: Table, name: str, n: int, found: Memory | None) -> None:
     if found is None:
         table.add_row(f"{name}, peak of a batch of {n}", "not measured")
         return
-    table.add_row(f"{name}, batch of {n}: peak over model and state, MB", f"{found.peak / 1e6:.0f}")
-    table.add_row("  keys and residuals in it, MB", f"{(found.keys + found.residuals) / 1e6:.1f}")
-    table.add_row("  all that the edit keeps, MB", f"{found.edit / 1e6:.1f}")
-    table.add_row("  model, MB; state, MB", f"{found.model / 1e6:.0f}; {found.state / 1e6:.0f}")
+    table.add_row(f"{name}, batch of {n}: peak over model and state", f"{found.peak / 1e6:.0f}")
+    table.add_row("  keys and residuals in it", f"{(found.keys + found.residuals) / 1e6:.1f}")
+    table.add_row("  all that the edit keeps", f"{found.edit / 1e6:.1f}")
+    table.add_row("  model; state", f"{found.model / 1e6:.0f}; {found.state / 1e6:.0f}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -368,15 +368,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = "Four small blocks" if args.tiny else "GPT-2-small's shape"
     title = f"{shape}, fp32, {args.threads} threads, {STEPS} steps, 6 contexts"
     heads = ("measured", "s per fact", "floor, s", "over it", "target", "own products, s", "over them")
-    table = Table(*heads, title=title)
+    console = Console(width=150)
     with tempfile.TemporaryDirectory() as folder:
         lm = model(args.tiny)
         for name in args.methods:
+            table = Table(*heads, title=title)
             method_rows(table, name, method_on(lm, name, folder, args.tiny), args)
+            console.print(table)
+            table = Table("measured", "MB")
             for n in args.memory:
                 memory_rows(table, name, n, apart(name, n, folder, args.tiny, args.threads))
-            table.add_section()
-    Console(width=150).print(table)
+            if args.memory:
+                console.print(table)
 
 
 if __name__ == "__main__":
