@@ -12,10 +12,27 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("COLUMNS", None)  # tables are as wide as they are without a terminal
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, Any], Path]:
+    """Write a text, or anything else as JSON, to a file in a folder of its own."""
+
+    def put(name: str, content: Any) -> Path:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return path
+
+    return put
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

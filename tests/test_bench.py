@@ -463,7 +463,6 @@ def _while(holds: Any) -> Iterator[None]:
 
 @pytest.mark.slow
 def test_a_cluster_gives_the_same_numbers_also_when_a_worker_dies(kept: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     given = {"n": 4, "seeds": 2, "checkpoints": 2, "max_new_tokens": 4, "settings": {"GRACE": SETTINGS["GRACE"]}}
     said = {"model": str(kept / "model"), "data": str(kept / "facts.json"), "methods": ["GRACE"]}
     for schedule in ("single", "sequential:1"):

@@ -19,18 +19,6 @@ FIXTURES = Path(__file__).parent / "fixtures"
 Write = Callable[[str, Any], Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Write a text, or anything else as JSON, to a file in a folder of its own."""
-
-    def put(name: str, content: Any) -> Path:
-        path = tmp_path / name
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return path
-
-    return put
-
-
 def refused(path: Path, *parts: str) -> str:
     """Reading the file is refused; the message contains all parts."""
     with pytest.raises(UsageError) as caught:

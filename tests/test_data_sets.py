@@ -54,16 +54,6 @@ FILES = {
 Write = Callable[[str, Any], Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def put(name: str, content: Any) -> Path:
-        path = tmp_path / name
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return path
-
-    return put
-
-
 def reader(name: str) -> type[RecordDataset]:
     found = data_set(name).reader
     assert found is not None
@@ -406,7 +396,8 @@ def test_hub_id_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hub_id_with_the_extra(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     datasets.disable_progress_bars()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
@@ -484,24 +475,22 @@ FOLDERS = {
 }
 
 
-@pytest.mark.skipif(not DATA, reason="set EASYEDITOR_DATA to a folder of published data sets")
-@pytest.mark.parametrize("name", FOLDERS)
+PUBLISHED = {name: sorted(Path(DATA).glob(files)) for name, files in FOLDERS.items()} if DATA else {}
+
+
+@pytest.mark.parametrize("name", [name for name, paths in PUBLISHED.items() if paths])
 def test_published_files(name: str) -> None:
-    paths = sorted(Path(DATA).glob(FOLDERS[name]))
-    if not paths:
-        pytest.skip(f"no file of {name} in the folder")
-    found = [request for path in paths for request in check(path, name)]
+    found = [request for path in PUBLISHED[name] for request in check(path, name)]
     wanted = {group for kind in data_set(name).groups for group in kind}
     seen = {group for request in found for group in (*request.locality, *request.portability)}
     assert seen == wanted, "every group that is promised is there"
 
 
-@pytest.mark.skipif(not DATA, reason="set EASYEDITOR_DATA to a folder of published data sets")
-def test_published_chains_as_paragraphs() -> None:
-    for path in Path(DATA).glob("mquake/AKEW*.json"):
-        requests = load_requests(path, layout="akew-unstructured")
-        assert len(requests) == len(load_requests(path))
-        assert all(request.portability["sub_question"] for request in requests)
+@pytest.mark.parametrize("path", [path for path in PUBLISHED.get("mquake", ()) if path.name.startswith("AKEW")])
+def test_published_chains_as_paragraphs(path: Path) -> None:
+    requests = load_requests(path, layout="akew-unstructured")
+    assert len(requests) == len(load_requests(path))
+    assert all(request.portability["sub_question"] for request in requests)
 
 
 # The page

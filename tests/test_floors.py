@@ -14,6 +14,7 @@ FLOORS = {
     "hparams": 0,
     "registry": 0,
     "errors": 0,
+    "plain": 0,
     "lm": 1,
     "edits": 2,
     "core": 3,

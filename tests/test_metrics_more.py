@@ -390,7 +390,6 @@ def right(lm: LM, rows: list[dict[str, Any]]) -> float:
 
 
 def test_capability_of_the_edited_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("lm_eval")
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

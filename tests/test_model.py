@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -354,10 +353,7 @@ def test_unknown_device_and_quantisation(folder: Path) -> None:
 
 # --- sharded ------------------------------------------------------------------------------------------------------
 
-accelerated = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
 
-
-@accelerated
 @pytest.mark.parametrize("family", ["gpt2", "llama", "falcon"])
 def test_dispatched(family: str) -> None:
     """Accelerate replaces the forward of each module; hooks, values, edits and undo go on as before."""
@@ -392,13 +388,11 @@ def test_dispatched(family: str) -> None:
     assert answer(lm, [REQUEST.prompt], 5) == answer(plain, [REQUEST.prompt], 5)
 
 
-@accelerated
 def test_device_map(folder: Path) -> None:
     lm = LM.load(folder, device_map={"": "cpu"})
     assert lm.device == torch.device("cpu") and answer(lm, ["bo"], 3) == answer(LM.load(folder), ["bo"], 3)
 
 
-@accelerated
 def test_offloaded_weights_are_refused() -> None:
     from accelerate import cpu_offload
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -16,7 +15,6 @@ import easyeditor
 from easyeditor import BaseEditor, compute_edit_quality, summary_metrics
 from easyeditor import evaluate as old
 from easyeditor.errors import UsageError
-from easyeditor.hparams import HyperParams
 from easyeditor.lm.generate import answer
 from easyeditor.lm.model import LM
 from easyeditor.methods.ft import FTHyperParams
@@ -26,10 +24,6 @@ from easyeditor.metrics.scores import Scores
 from easyeditor.metrics.text import exact_match
 from families import build
 
-needs_fields = pytest.mark.skipif(
-    "evaluation_type" not in {f.name for f in dataclasses.fields(HyperParams)},
-    reason="settings have no evaluation_type",
-)
 RECORD: dict[str, Any] = {
     "prompt": "the capital of ada ra is",
     "target_new": "lima",
@@ -145,7 +139,6 @@ def test_evaluation_type_of_a_measurement(kind: str) -> None:
         assert after["metric_meta"]["rewrite"]["protocol"] == "free_generation_raw_text"
 
 
-@needs_fields
 def test_evaluation_type_of_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``hparams.evaluation_type`` and ``hparams.api_key`` as the examples set them; the judge is not there."""
     monkeypatch.setenv("EASYEDITOR_JUDGE_URL", "http://127.0.0.1:9/v1")

@@ -19,7 +19,7 @@ from easyeditor.metrics.fluency import ngram_entropy
 from easyeditor.metrics.judge import Case, Judge
 from easyeditor.metrics.likelihood import read
 from easyeditor.metrics.old_scores import known_share, perplexity_of
-from easyeditor.metrics.quality import compare_locality, quality
+from easyeditor.metrics.quality import compare_locality, quality, share_equal
 from easyeditor.metrics.scores import Scores
 from easyeditor.metrics.text import exact_match, normalise
 from easyeditor.requests import EditRequest, probes_of
@@ -157,9 +157,7 @@ def compute_locality_quality(
     device: Any = None,
 ) -> dict[str, Any]:
     """What the model says to locality probes: ``<key>_output`` (tokens) and ``<key>_gen_content`` (free answers)."""
-    probes = probes_of("The record", locality_key, prompt, locality_ground_truth)
-    request = EditRequest(probes[0].prompt, "-", locality={locality_key: probes})
-    return dict(compute_edit_quality(model, model_name, hparams, tok, request)["locality"])
+    return _group("locality", locality_key, prompt, locality_ground_truth, model, hparams, tok)
 
 
 def compute_portability_quality(
@@ -173,9 +171,7 @@ def compute_portability_quality(
     device: Any = None,
 ) -> dict[str, Any]:
     """The scores of portability probes: ``<key>_acc``, ``<key>_gen``, ``<key>_gen_content``."""
-    probes = probes_of("The record", portability_key, prompt, ground_truth)
-    request = EditRequest(probes[0].prompt, "-", portability={portability_key: probes})
-    return dict(compute_edit_quality(model, model_name, hparams, tok, request)["portability"])
+    return _group("portability", portability_key, prompt, ground_truth, model, hparams, tok)
 
 
 def finalize_locality_metrics(
@@ -192,10 +188,7 @@ def finalize_locality_metrics(
     new, old = metric["post"]["locality"], metric["pre"]["locality"]
     for key in [key for key in new if key.endswith("_output")]:
         pairs = zip(old[key], new[key], strict=True)
-        new[key.replace("_output", "_acc")] = [
-            None if a is None or b is None else sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
-            for a, b in pairs
-        ]
+        new[key.replace("_output", "_acc")] = [None if a is None or b is None else share_equal(a, b) for a, b in pairs]
     return metric
 
 
@@ -272,6 +265,15 @@ def normalize_answer(s: str) -> str:
 def exact_match_score(prediction: str, ground_truth: str) -> bool:
     """Whether two texts agree after `normalize_answer`."""
     return normalise(prediction) == normalise(ground_truth)
+
+
+def _group(
+    group: str, key: str, prompt: Words, truth: Any, model: Any, hparams: HyperParams | None, tok: Any
+) -> dict[str, Any]:
+    """What is said to one group of locality or portability probes."""
+    probes = probes_of("The record", key, prompt, truth)
+    request = EditRequest(probes[0].prompt, "-", **{group: {key: probes}})  # type: ignore[arg-type]
+    return dict(compute_edit_quality(model, "", hparams, tok, request)[group])
 
 
 def _wrapped(model: Any, tok: Any, hparams: HyperParams | None) -> LM:

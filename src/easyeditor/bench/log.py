@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from easyeditor.errors import DamagedFile, EditFailed, UsageError
+from easyeditor.plain import plain
 
 Line = dict[str, Any]
 
@@ -76,7 +76,7 @@ def read(path: Path) -> list[Line]:
 
 def encoded(line: Mapping[str, Any]) -> str:
     """A line as JSON; numbers that JSON does not have become null."""
-    return json.dumps(_plain(line), ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain(line), ensure_ascii=False, allow_nan=False)
 
 
 @contextmanager
@@ -126,15 +126,3 @@ def _drop_torn(path: Path) -> None:
         end = text.rfind(b"\n") + 1
         if end < len(text):
             file.truncate(end)
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    return str(value)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from easyeditor.errors import EasyEditError, UsageError
+from easyeditor.plain import plain
 
 if TYPE_CHECKING:
     from easyeditor.edits.edit import Edit
@@ -121,19 +121,6 @@ def remark_on(spec: MethodSpec) -> None:
 def emit(document: object) -> None:
     """Print one JSON document on stdout; numbers that JSON does not have become null."""
     typer.echo(json.dumps(plain(document), indent=2, allow_nan=False))
-
-
-def plain(value: Any) -> Any:
-    """A value in the types that JSON has."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    return str(value)
 
 
 def device_of(text: str | None) -> str | int | None:

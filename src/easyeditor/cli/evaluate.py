@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from easyeditor.cli.common import door, emit, keep_what_is_there, out, plain, remark_on, table, waiting
+from easyeditor.cli.common import door, emit, keep_what_is_there, out, remark_on, table, waiting
 from easyeditor.cli.facts import many_facts
 from easyeditor.cli.options import (
     ChatOption,
@@ -26,6 +26,7 @@ from easyeditor.cli.options import (
 )
 from easyeditor.cli.settings import Choice
 from easyeditor.errors import UsageError
+from easyeditor.plain import plain
 
 
 @door

@@ -120,7 +120,7 @@ def compare_locality(lm: LM, before: Mapping[str, Any], after: dict[str, Any]) -
         new[f"{name}_gen"] = [same_text(a, b) for a, b in texts]
         if f"{name}_output" in old and f"{name}_output" in new:
             tokens = zip(old[f"{name}_output"], new[f"{name}_output"], strict=True)
-            new[f"{name}_acc"] = [None if a is None or b is None else _share(a, b) for a, b in tokens]
+            new[f"{name}_acc"] = [None if a is None or b is None else share_equal(a, b) for a, b in tokens]
             meta[f"locality.{name}"] = protocol(lm, "agreement", f"{name}_acc")
         else:
             new[f"{name}_acc"] = list(new[f"{name}_gen"])
@@ -215,5 +215,6 @@ def _likelier(pairs: Pairs, prompt: str, a: str, b: str) -> float:
     return float(pairs[prompt, a].log_prob > pairs[prompt, b].log_prob)
 
 
-def _share(a: Sequence[int], b: Sequence[int]) -> float:
+def share_equal(a: Sequence[int], b: Sequence[int]) -> float:
+    """The share of places at which two rows of tokens agree."""
     return sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
