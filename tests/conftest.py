@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 os.environ["EASYEDITOR_CACHE"] = tempfile.mkdtemp(prefix="easyeditor-")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,12 +18,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("COLUMNS", None)  # tables are as wide as they are without a terminal
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -33,6 +33,12 @@ def write(tmp_path: Path) -> Callable[[str, Any], Path]:
         return path
 
     return put
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "EASYEDITOR_TAUGHT" not in os.environ:  # the processes that this one starts share the models it teaches
+        folder = os.environ["EASYEDITOR_TAUGHT"] = tempfile.mkdtemp(prefix="easyeditor-taught-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,13 +7,16 @@ layers: the model has to gather a subject's facts at its last token, as large mo
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import torch
 import transformers
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
@@ -156,10 +159,16 @@ def build(family: str, seed: int = 0) -> LM:
 
 @cache
 def _taught(family: str) -> LM:
-    lm = build(family)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        teach(lm, steps=480)
+    lm, kept = build(family), Path(os.environ["EASYEDITOR_TAUGHT"]) / f"{family}.pt"
+    with FileLock(kept.with_suffix(".lock")):  # of all test processes, one teaches
+        if kept.exists():
+            lm.model.load_state_dict(torch.load(kept, weights_only=True))
+            lm.model.eval()
+            return lm
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            teach(lm, steps=480)
+        torch.save(lm.model.state_dict(), kept)
     return lm
 
 
