@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import toy
 from easyeditor.core.keys import keys
 from easyeditor.core.learn import descend
-from easyeditor.core.likelihood import answers
+from easyeditor.core.likelihood import Answers, answers, mean_per_row, token_log_probs
 from easyeditor.core.memory import Codebook, Entry
 from easyeditor.core.solve import cholesky, equality
 from easyeditor.core.stats import second_moments
@@ -26,13 +26,17 @@ from easyeditor.hparams import complete
 from easyeditor.lm.generate import answer
 from easyeditor.lm.hooks import capture
 from easyeditor.lm.model import LM
-from easyeditor.methods.ft import FTHyperParams, loss
+from easyeditor.methods.ft import FTHyperParams
 from easyeditor.methods.grace import GraceHyperParams
 from easyeditor.methods.rome import ROMEHyperParams
 from easyeditor.registry import get_method
 from easyeditor.requests import EditRequest
 
 CORPUS = toy.corpus()
+
+
+def loss(lm: LM, batch: Answers) -> Tensor:
+    return -mean_per_row(token_log_probs(lm, batch), batch).mean()
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

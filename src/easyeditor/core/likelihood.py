@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from easyeditor.errors import UsageError
 from easyeditor.lm.model import LM, logits_of
 from easyeditor.lm.resume import head_at
 from easyeditor.lm.text import pad
@@ -34,33 +35,51 @@ class Answers:
     labels: Tensor
 
 
-def answers(lm: LM, pairs: Sequence[tuple[str, str]], at_prompt_end: bool = False) -> Answers:
+def answers(lm: LM, pairs: Sequence[tuple[str, str]], at_prompt_end: bool = False, with_end: bool = False) -> Answers:
     """Encode prompts with their answers.
 
     Args:
         lm: The model.
         pairs: Prompt, as the model is to be asked (prompt edits and chat template applied), and answer.
         at_prompt_end: Whether all tokens of an answer are predicted from the prompt's last token (FT-L).
+        with_end: Whether the end-of-text token follows each answer and is part of it.
 
     Returns:
         The rows, padded on the right.
+
+    Raises:
+        UsageError: The end is asked for and the tokenizer has none.
     """
+    end = _end(lm) if with_end else ()
     if lm.seq2seq:
-        return _seq2seq(lm, pairs)
-    encoded = [lm.text.encode_pair(prompt, answer) for prompt, answer in pairs]
+        return _seq2seq(lm, pairs, end)
+    found = [lm.text.encode_pair(prompt, answer) for prompt, answer in pairs]
+    encoded = [((*row.ids, *end), first) for row, first in found]
     where = [
         (i, first - 1 if at_prompt_end else first - 1 + j, label)
         for i, (row, first) in enumerate(encoded)
-        for j, label in enumerate(row.ids[first:])
+        for j, label in enumerate(row[first:])
     ]
-    inputs = [row.ids[:first] if at_prompt_end else row.ids[:-1] for row, first in encoded]
+    inputs = [row[:first] if at_prompt_end else row[:-1] for row, first in encoded]
     ids, mask = pad(inputs, lm.text.pad_id, "right", lm.device)
     return Answers(ids, mask, None, *_columns(where, lm.device))
 
 
-def _seq2seq(lm: LM, pairs: Sequence[tuple[str, str]]) -> Answers:
+def _end(lm: LM) -> tuple[int, ...]:
+    own = getattr(lm.tokenizer, "eos_token_id", None)
+    ends = [own] if isinstance(own, int) else sorted(lm.text.eos_ids)
+    if not ends:
+        raise UsageError(
+            f"The tokenizer of {lm.name} has no end-of-text token, and the answer is to be learnt with its end. "
+            "Set tokenizer.eos_token, or turn 'with_end' off."
+        )
+    return (ends[0],)
+
+
+def _seq2seq(lm: LM, pairs: Sequence[tuple[str, str]], end: tuple[int, ...]) -> Answers:
     ids, mask = pad([lm.text.encode(prompt).ids for prompt, _ in pairs], lm.text.pad_id, "right", lm.device)
-    labels = [lm.text.encode(answer).ids for _, answer in pairs]
+    told = [lm.text.encode(answer).ids for _, answer in pairs]
+    labels = [row if row[-1:] == end else (*row, *end) for row in told]  # T5's tokenizer ends the answer itself
     decoder_ids, _ = pad([(lm.decoder_start, *row[:-1]) for row in labels], lm.text.pad_id, "right", lm.device)
     where = [(i, j, label) for i, row in enumerate(labels) for j, label in enumerate(row)]
     return Answers(ids, mask, decoder_ids, *_columns(where, lm.device))

@@ -15,28 +15,17 @@ Deviates  The weight is not changed while training: D is a tensor of its own in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from easyeditor.core.learn import descend
-from easyeditor.core.likelihood import Answers, answers, mean_per_row, token_log_probs
-from easyeditor.edits.delta import Dense
+from easyeditor.core.fine_tuning import Training, fine_tuned
 from easyeditor.edits.edit import Edit, WeightEdit
 from easyeditor.errors import UsageError
 from easyeditor.hparams import HyperParams, ModuleTemplates
-from easyeditor.lm.hooks import stop_after
 from easyeditor.lm.model import LM
-from easyeditor.lm.resume import Cut, cut_at, resumed, with_weight
-from easyeditor.lm.structure import Site
 from easyeditor.registry import method
 from easyeditor.requests import EditRequest
-
-SOLVED = 1e-2
 
 
 @dataclass(kw_only=True)
@@ -73,103 +62,12 @@ def ft(
     lm: LM, requests: Sequence[EditRequest], hparams: FTHyperParams, state: Mapping[str, Any], history: Sequence[Edit]
 ) -> WeightEdit:
     """The dense edit of any number of facts."""
-    sites = [lm.mlp_out(layer) for layer in sorted(hparams.layers)]
-    deltas = [torch.zeros(site.d_out, site.d_in, device=site.weight.device) for site in sites]
-    with lm.frozen(), _weights(sites, deltas):
-        batches = [_Batch(lm, part, min(hparams.layers), hparams) for part in _parts(requests, hparams.batch_size)]
-        trace = _train(batches, sites, deltas, hparams)
-    return WeightEdit(
-        deltas={site.weight_name: Dense(delta) for site, delta in zip(sites, deltas, strict=True)},
-        notes={"losses": trace},
-    )
-
-
-def loss(lm: LM, batch: Answers) -> Tensor:
-    """The mean over the requests of the mean over the answer's tokens of -log p, a scalar."""
-    return -mean_per_row(token_log_probs(lm, batch), batch).mean()
-
-
-class _Batch:
-    """Some requests, with what passes below the lowest edited block already computed."""
-
-    def __init__(self, lm: LM, requests: Sequence[EditRequest], first: int, hparams: FTHyperParams) -> None:
-        self.lm = lm
-        pairs = [(lm.text.render(request.prompt), request.target_new) for request in requests]
-        self.answers = answers(lm, pairs, at_prompt_end=hparams.objective_optimization == "prompt_last")
-        self.cut = Cut(0) if lm.seq2seq else self._below(first)
-
-    def _below(self, first: int) -> Cut:
-        if first == 0:
-            return Cut(0)
-        with torch.no_grad(), cut_at(self.lm, first) as cut, stop_after(self.lm.blocks[first - 1]):
-            self.lm.run(self.answers.ids, self.answers.mask)
-        return cut
-
-    def loss(self) -> Tensor:
-        with resumed(self.lm, self.cut, self.cut.states) if self.cut.first else ExitStack():
-            return loss(self.lm, self.answers)
-
-
-def _train(
-    batches: Sequence[_Batch], sites: Sequence[Site], deltas: list[Tensor], hparams: FTHyperParams
-) -> list[float]:
-    """Adam over the batches, epoch by epoch, until the mean loss of an epoch is small."""
-    bound = float(hparams.norm_constraint)
-    epochs = _Epochs(batches)
-
-    def losses() -> Tensor:
-        decay = [(site.matrix() + delta).square().sum() for site, delta in zip(sites, deltas, strict=True)]
-        return epochs.loss() + (hparams.weight_decay / 2 * torch.stack(decay).sum() if hparams.weight_decay else 0.0)
-
-    def project() -> None:
-        for delta in deltas if bound else ():
-            delta.clamp_(-bound, bound)
-
-    descend(
-        deltas,
-        losses,
-        steps=hparams.num_steps * len(batches),
+    training = Training(
+        epochs=hparams.num_steps,
         lr=hparams.lr,
-        stop_below=SOLVED,
-        project=project,
-        done=epochs.done,
-        final_update=True,
+        batch_size=hparams.batch_size,
+        weight_decay=hparams.weight_decay,
+        bound=float(hparams.norm_constraint),
+        at_prompt_end=hparams.objective_optimization == "prompt_last",
     )
-    return epochs.means
-
-
-class _Epochs:
-    """Which batch comes next, and when it is enough."""
-
-    def __init__(self, batches: Sequence[_Batch]) -> None:
-        self.batches = batches
-        self.losses: list[float] = []
-        self.means: list[float] = []
-
-    def loss(self) -> Tensor:
-        value = self.batches[len(self.losses) % len(self.batches)].loss()
-        self.losses.append(float(value.detach()))
-        return value[None]
-
-    def done(self) -> bool:
-        if len(self.losses) % len(self.batches) == 0:
-            self.means.append(sum(self.losses[-len(self.batches) :]) / len(self.batches))
-            return self.means[-1] < SOLVED
-        return False
-
-
-@contextmanager
-def _weights(sites: Sequence[Site], deltas: Sequence[Tensor]) -> Iterator[None]:
-    """A context in which each site computes with W + D."""
-    with ExitStack() as stack:
-        for site, delta in zip(sites, deltas, strict=True):
-            stack.enter_context(with_weight(site.module, _sum(site.matrix(), delta)))
-        yield
-
-
-def _sum(weight: Tensor, delta: Tensor) -> Callable[[], Tensor]:
-    return lambda: weight + delta
-
-
-def _parts(requests: Sequence[EditRequest], size: int) -> list[Sequence[EditRequest]]:
-    return [requests[i : i + size] for i in range(0, len(requests), max(size, 1))]
+    return fine_tuned(lm, requests, [lm.mlp_out(layer) for layer in sorted(hparams.layers)], training)
