@@ -14,8 +14,10 @@ from easyeditor.bench.log import Line
 from easyeditor.bench.plan import Plan, distinct, plan_of, pool_of
 from easyeditor.bench.results import Results
 from easyeditor.bench.runner import Runner, parts_of
+from easyeditor.bench.verdicts import judge_at, judge_run
 from easyeditor.editors.progress import tracked
 from easyeditor.lm.model import LM
+from easyeditor.metrics.judge import Judge
 from easyeditor.registry import get_method
 from easyeditor.requests import EditRequest
 
@@ -37,6 +39,10 @@ def run(
     test_generation: bool = False,
     also: Sequence[str] = (),
     held_out: str = "texts",
+    judge: Judge | None = None,
+    tasks: Sequence[str] = (),
+    tasks_folder: str | Path | None = None,
+    task_limit: int | None = None,
     chat: bool = False,
     dtype: str | None = None,
     device: str | int | None = None,
@@ -58,8 +64,14 @@ def run(
         max_new_tokens: The longest free answer, in tokens.
         test_generation: Whether to score fluency too.
         also: What else to score: ``robustness`` (negation, true or false, cloze), ``prefix`` (behind an unrelated
-            text), ``rouge`` and ``bleu`` (long answers).
+            text), ``rouge`` and ``bleu`` (long answers), ``judge`` (verdicts of another model), ``capability`` (tasks
+            of lm-evaluation-harness: once per row and seed, on the model as the run leaves it).
         held_out: Text for perplexity: a file with a text to a line, or a bundled corpus (``texts``, ``tinyfacts``).
+        judge: Who judges the answers; None with ``judge`` in `also`: what the environment names. Verdicts are kept in
+            the run folder.
+        tasks: The tasks of ``capability``.
+        tasks_folder: A folder of tasks of your own (YAML files of the harness), in place of the harness's.
+        task_limit: Questions per task; None: all.
         chat: Whether to go through the model's chat template.
         dtype: In which precision to load; None: that of the checkpoint.
         device: Where to put the model.
@@ -72,6 +84,9 @@ def run(
         UsageError: An argument is wrong, or the folder belongs to another run; nothing has been done.
         EditFailed: The folder cannot be written; all finished cases are safe.
     """
+    wanted = tuple(dict.fromkeys([*also, *(["judge"] if judge else []), *(["capability"] if tasks else [])]))
+    if "judge" in wanted and judge is None:
+        judge = judge_at()
     pool = pool_of(str(data), n) if isinstance(data, str | Path) else distinct(data)
     plan = plan_of(
         methods,
@@ -85,8 +100,12 @@ def run(
         checkpoints=checkpoints,
         max_new_tokens=max_new_tokens,
         test_generation=test_generation,
-        also=tuple(also),
+        also=wanted,
         held_out=held_out,
+        judge=judge and judge.name,
+        tasks=tuple(tasks),
+        tasks_folder=None if tasks_folder is None else str(tasks_folder),
+        task_limit=task_limit,
         chat=chat,
         dtype=dtype,
         device=device,
@@ -102,6 +121,8 @@ def run(
         with opened(folder, runner.header(), session_of(runner.lm)):
             for _ in tracked(*lines_to_come(runner), label="bench"):
                 pass
+    if judge is not None:
+        judge_run(folder, Results.of(folder).to_judge(), judge)
     return Results.of(folder)
 
 

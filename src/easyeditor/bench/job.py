@@ -71,6 +71,7 @@ class Job:
         steps = self.how.steps(plan.n)
         self.cases = {i for step in part.steps for i in steps[step]}
         self.again = {(end, i) for end in self.ends for i in range(end)}
+        self.able = bool(plan.tasks) and 0 in part.steps  # whether capability is still to be measured
         self.made: dict[int, list[str]] = {}  # step -> the ids of its edits
         for line in lines_of(folder, part.row.name, part.seed):
             if line["kind"] == "case":
@@ -78,11 +79,13 @@ class Job:
                 self.made[line["step"]] = line["edits"]
             elif line["kind"] == "checkpoint":
                 self.again.discard((line["edited"], line["case"]))
+            elif line["kind"] == "capability":
+                self.able = False
 
     @property
     def missing(self) -> int:
-        """How many lines are still to be made: cases, and cases at checkpoints."""
-        return len(self.cases) + len(self.again)
+        """How many lines are still to be made: cases, cases at checkpoints, capability."""
+        return len(self.cases) + len(self.again) + self.able
 
     def work(self, scoring: Scoring) -> Iterator[Line]:
         """Do what is missing; the model is left without edits.
@@ -107,6 +110,8 @@ class Job:
 
     def _unedited(self, scoring: Scoring) -> Iterator[Line]:
         """The answers before are those of the unedited model."""
+        if self.able:  # first: tasks that cannot be had end the run before any work
+            yield self._capability(scoring)
         wanted = sorted(self.cases)
         for start in range(0, len(wanted), PART):
             some = wanted[start : start + PART]
@@ -136,14 +141,21 @@ class Job:
                 yield from self._step(scoring, editing, step, places, before)
             elif stays:
                 self._put_back(scoring, step)
+            elif self.able:  # a kill came between the step's cases and this
+                editing([self.facts[i] for i in places])
             if places.stop in self.ends:
                 yield from self._checkpoint(scoring, before, places.stop)
             last = step == self.part.steps[-1]
-            if "latency" not in about and Ledger.of(lm).active and (last or not stays):
-                about["latency"] = latency(lm, self.facts[places.start].prompt)
-                about["perplexity"] = scoring.damage()
+            if Ledger.of(lm).active and (last or not stays):
+                if "latency" not in about:
+                    about["latency"] = latency(lm, self.facts[places.start].prompt)
+                    about["perplexity"] = scoring.damage()
+                if self.able:
+                    yield self._capability(scoring)
             if not stays:
                 Ledger.of(lm).reset()
+        if self.able:
+            yield self._told({"unscored": "There is no edit whose capability could be measured."})
         self.log.append([about])
         self._clear()
 
@@ -178,6 +190,16 @@ class Job:
             lines = [{**about, "case": i, "post": each} for i, each in zip(some, scores, strict=True)]
             self.log.append(lines)
             yield from lines
+
+    def _capability(self, scoring: Scoring) -> Line:
+        """Score tasks on the model with the edits that are on it."""
+        return self._told(scoring.capability())
+
+    def _told(self, scores: Scores) -> Line:
+        line = {"kind": "capability", "scores": scores}
+        self.log.append([line])
+        self.able = False
+        return line
 
     def _put_back(self, scoring: Scoring, step: int) -> None:
         """Put the edits of a finished step on, as they were."""

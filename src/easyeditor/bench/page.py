@@ -12,6 +12,7 @@ from easyeditor.bench.results import ENDS, Results, RowResult
 from easyeditor.bench.tables import (
     PHASES,
     Sheet,
+    capability_sheet,
     cost_sheet,
     failures,
     notes,
@@ -66,6 +67,8 @@ def page(runs: Sequence[Results]) -> str:
     if retention is not None:
         parts += ["<h2>Retention of all earlier edits</h2>", _table(retention, controls)]
     parts += ["<h2>Cost</h2>", _table(cost_sheet(runs), controls)]
+    if (capable := capability_sheet(runs)) is not None:
+        parts += ["<h2>Capability</h2>", _table(capable, controls)]
     failed = failures(runs)
     if failed:
         items = "".join(f"<li>{escape(each)}</li>" for each in failed[:SHOWN])

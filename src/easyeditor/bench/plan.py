@@ -18,6 +18,7 @@ from easyeditor.data.files import load_requests
 from easyeditor.data.tinyfacts import TinyFacts
 from easyeditor.errors import UsageError, did_you_mean
 from easyeditor.hparams import HyperParams
+from easyeditor.metrics.capability import check_installed
 from easyeditor.metrics.scores import TEXT_SCORES, Scores
 from easyeditor.registry import get_method
 from easyeditor.requests import EditRequest
@@ -25,7 +26,7 @@ from easyeditor.requests import EditRequest
 log = logging.getLogger(__name__)
 
 BUNDLED = "tinyfacts"
-ALSO = ("robustness", "prefix", "rouge", "bleu")  # scores on request
+ALSO = ("robustness", "prefix", "rouge", "bleu", "judge", "capability")  # scores on request
 LONG = 400  # characters of the unrelated text
 USUAL = 100  # facts, where nobody says how many
 
@@ -67,6 +68,10 @@ class Plan:
         test_generation: Whether to score fluency too.
         also: What else is scored; see `ALSO`.
         held_out: Text for perplexity: a file, or the name of a bundled corpus.
+        judge: Who judges answers, by name.
+        tasks: Tasks of lm-evaluation-harness, for ``capability``.
+        tasks_folder: A folder of tasks, in place of those of the harness.
+        task_limit: Questions per task.
         chat: Whether to go through the chat template.
         dtype: In which precision the model is loaded.
         device: Where it is put.
@@ -85,6 +90,10 @@ class Plan:
     test_generation: bool = False
     also: tuple[str, ...] = ()
     held_out: str = "texts"
+    judge: str | None = None
+    tasks: tuple[str, ...] = ()
+    tasks_folder: str | None = None
+    task_limit: int | None = None
     chat: bool = False
     dtype: str | None = None
     device: str | int | None = None
@@ -180,6 +189,12 @@ def plan_of(
         raise UsageError(f"There are settings for '{strange[0]}', which is not run. {did_you_mean(strange[0], names)}")
     if odd := [name for name in rest.get("also", ()) if name not in ALSO]:
         raise UsageError(f"There is no score '{odd[0]}' to be had on request. {did_you_mean(odd[0], ALSO)}")
+    if ("capability" in rest.get("also", ())) != bool(rest.get("tasks")):
+        raise UsageError(
+            "The score 'capability' and tasks of the harness go together: --also capability --tasks mmlu,gsm8k."
+        )
+    if rest.get("tasks"):
+        check_installed()
     plan = Plan(names, model, data, hash_of(pool), count, str(how), seeds, settings=given, **rest)
     read_corpus(plan.held_out)
     for name in names:

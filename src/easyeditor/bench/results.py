@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +15,14 @@ from easyeditor.bench.controls import faults
 from easyeditor.bench.folder import header_of, lines_of, seeds_of
 from easyeditor.bench.log import Line
 from easyeditor.bench.plan import Row
+from easyeditor.bench.verdicts import judged, known, unjudged
 from easyeditor.editors.summary import summarise
 from easyeditor.errors import UsageError
 from easyeditor.metrics.retention import retention
 
 HEADLINES: tuple[tuple[str, Callable[[str], bool]], ...] = (
     ("reliability", lambda name: name == "rewrite_gen"),
+    ("judged", lambda name: name == "rewrite_judge"),
     ("generalisation", lambda name: name == "rephrase_gen"),
     ("locality", lambda name: name.startswith("locality.") and name.endswith("_gen")),
     ("portability", lambda name: name.startswith("portability.") and name.endswith("_gen")),
@@ -67,6 +69,7 @@ class RowResult:
         checkpoints: The cases at checkpoints, with their seed.
         about: What the row cost once.
         sequential: Whether edits stay.
+        tasks: Scores of tasks, with their seed.
     """
 
     row: Row
@@ -75,6 +78,7 @@ class RowResult:
     checkpoints: list[Line] = field(default_factory=list)
     about: list[Line] = field(default_factory=list)
     sequential: bool = False
+    tasks: list[Line] = field(default_factory=list)
 
     @property
     def failed(self) -> list[Line]:
@@ -99,6 +103,7 @@ class RowResult:
         found += [f"{len(self.failed)} failed"] if self.failed else []
         found += ["reads other text much worse"] if (self.perplexity or {}).get("alarm") else []
         found += [f"{self.unscored} unscored"] if self.unscored else []
+        found += ["capability unscored"] if any("unscored" in line["scores"] for line in self.tasks) else []
         found += [f"unfinished: {len(self.cases)} of {self.expected}"] if len(self.cases) < self.expected else []
         return found + ([f"not run: {self.error}"] if self.error else [])
 
@@ -110,6 +115,13 @@ class RowResult:
     def ends(self) -> list[int]:
         """After how many edits there is a checkpoint."""
         return sorted({line["edited"] for line in self.checkpoints})
+
+    def last(self) -> list[Line]:
+        """The cases at the last checkpoint, with what was asked for."""
+        asked = {(line["seed"], line["case"]): line["requested_rewrite"] for line in self.cases}
+        lines = [line for line in self.checkpoints if line["edited"] == self.ends[-1]]
+        found = [(line, asked.get((line["seed"], line["case"]))) for line in lines]
+        return [{**line, "requested_rewrite": what} for line, what in found if what is not None]
 
     @cached_property
     def _at(self) -> dict[int, list[tuple[Line, Scores]]]:
@@ -139,6 +151,17 @@ class RowResult:
     def perplexity(self) -> dict[str, Any] | None:
         """Perplexity on held-out text before and after; see `Scoring.damage`."""
         return next((line["perplexity"] for line in reversed(self.about) if line.get("perplexity")), None)
+
+    def capability(self) -> dict[str, tuple[Mean, str]]:
+        """Task and metric -> its mean over seeds with its protocol; n and standard error are those of the questions."""
+        scored = [line["scores"] for line in self.tasks if "unscored" not in line["scores"]]
+        found = {}
+        for name in dict.fromkeys(name for scores in scored for name in scores):
+            same = [scores[name] for scores in scored if name in scores]
+            errors = [each["stderr"] for each in same if each["stderr"] is not None]
+            mean = Mean(fmean(each["mean"] for each in same), same[0]["n"], fmean(errors) if errors else None)
+            found[name] = mean, str(same[0]["protocol"])
+        return found
 
     @cached_property
     def protocols(self) -> dict[str, str]:
@@ -213,12 +236,14 @@ class Results:
         header: Its `run.json`.
         rows: Its rows.
         faults: What is wrong with its controls.
+        unjudged: How many answers a judge is asked about, and how many of them have no verdict.
     """
 
     folder: Path
     header: Mapping[str, Any]
     rows: list[RowResult]
     faults: list[str]
+    unjudged: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(cls, folder: str | Path) -> Results:
@@ -237,18 +262,25 @@ class Results:
             found = RowResult(Row(**each), plan["n"] * plan["seeds"], sequential=stays)
             for seed in seeds_of(header):
                 for line in lines_of(folder, found.row.name, seed):
-                    where = {"case": found.cases, "checkpoint": found.checkpoints, "row": found.about}[line["kind"]]
-                    where.append({**line, "seed": seed})
+                    kinds = {"case": found.cases, "checkpoint": found.checkpoints, "row": found.about}
+                    {**kinds, "capability": found.tasks}[line["kind"]].append({**line, "seed": seed})
             rows.append(found)
+        asked = _with_verdicts(folder, plan.get("judge"), rows)
         before = before_of(folder)
         zeros = [line for found in rows if found.row.control == "no-op" for line in found.cases]
         pairs = [(before[line["fact"]], line["post"]) for line in zeros if line["fact"] in before]
-        return cls(folder, header, rows, faults(pairs))
+        return cls(folder, header, rows, faults(pairs), (len(asked), sum(asked)))
 
     @property
     def protocol(self) -> dict[str, str]:
         """Under what its numbers were made."""
         return dict(self.header["protocol"])
+
+    def to_judge(self) -> Iterator[Line]:
+        """Lines with answers that a judge is asked about: right after each edit, and at the end."""
+        for found in self.rows:
+            yield from found.cases
+            yield from found.last()
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -275,6 +307,19 @@ class Results:
             record = {"pre": before.get(line["fact"], {}), **line}
             out.append({**record, "final": last[line["case"]]} if line["case"] in last else record)
         return out
+
+
+def _with_verdicts(folder: Path, judge: str | None, rows: Sequence[RowResult]) -> list[bool]:
+    """Put a judge's verdicts into the lines of rows; of each answer, whether it has none."""
+    if judge is None:
+        return []
+    said, missing = known(folder, judge), []
+    for found in rows:
+        last = [judged(line, judge, said) for line in found.last()]
+        found.cases = [judged(line, judge, said) for line in found.cases]
+        found.checkpoints = [line for line in found.checkpoints if line["edited"] != found.ends[-1]] + last
+        missing += [gone for line in (*found.cases, *last) for gone in unjudged(line)]
+    return missing
 
 
 def check_comparable(runs: Sequence[Results]) -> None:

@@ -11,6 +11,7 @@ from easyeditor.bench.editing import sentence
 from easyeditor.bench.plan import Plan
 from easyeditor.edits.ledger import Ledger
 from easyeditor.lm.model import LM
+from easyeditor.metrics.capability import capability
 from easyeditor.metrics.perplexity import Perplexity, alarm, perplexity
 from easyeditor.metrics.quality import compare_locality, quality
 from easyeditor.requests import EditRequest
@@ -77,6 +78,26 @@ class Scoring:
         after = perplexity(self.lm, self.plan.held_out, texts=TEXTS, max_tokens=TEXT_TOKENS)
         told = alarm(self._perplexity, after)
         return {"before": self._perplexity.to_dict(), "after": after.to_dict(), "alarm": told}
+
+    def capability(self) -> dict[str, Any]:
+        """Scores of the plan's tasks with the edits that are on the model; or ``unscored`` and why.
+
+        Raises:
+            UsageError: The tasks cannot be had, and there is no edit that could be at fault.
+        """
+        plan = self.plan
+        try:
+            return capability(
+                self.lm,
+                plan.tasks,
+                limit=plan.task_limit,
+                include_path=plan.tasks_folder,
+                packaged=plan.tasks_folder is None,
+            )
+        except Exception as error:
+            if not Ledger.of(self.lm).active:
+                raise
+            return {"unscored": sentence(error)}
 
     def compared(self, facts: Sequence[EditRequest], before: Sequence[Scores]) -> list[Scores]:
         """The scores of facts, with how far their locality probes agree with the scores before."""

@@ -90,6 +90,19 @@ def cost_sheet(runs: Sequence[Results]) -> Sheet:
     return Sheet("Cost", (*_label_heads(runs), "row", *COSTS, *rest_heads), rows)
 
 
+def capability_sheet(runs: Sequence[Results]) -> Sheet | None:
+    """Scores of tasks of lm-evaluation-harness, by row; None where none was asked for."""
+    labels, rows = _labels(runs), []
+    names = list(dict.fromkeys(name for run in runs for each in run.rows for name in each.capability()))
+    for run in runs:
+        for each in run.rows:
+            if each.tasks:
+                found = each.capability()
+                cells = [_text(found[name][0]) if name in found else None for name in names]
+                rows.append((*labels[id(run)], _name(each), *cells))
+    return Sheet("Capability", (*_label_heads(runs), "row", *names), rows) if rows else None
+
+
 def scores_sheet(runs: Sequence[Results]) -> Sheet:
     """All scores of all rows, one to a line."""
     rows = [
@@ -104,15 +117,15 @@ def scores_sheet(runs: Sequence[Results]) -> Sheet:
 
 def retention_sheet(runs: Sequence[Results]) -> Sheet | None:
     """Headline scores of all facts edited so far, by how many that are; None without sequential runs."""
-    labels, rows = _labels(runs), []
-    names = (HELD, *(name for name, _ in HEADLINES))
-    for run in runs:
-        for each in run.rows:
-            for end, means in each.retention():
-                cells = [_text(means.get(name)) for name in names]
-                rows.append((*labels[id(run)], _name(each), str(end), *cells))
-    if not rows:
+    labels = _labels(runs)
+    found = [(run, each, end, means) for run in runs for each in run.rows for end, means in each.retention()]
+    if not found:
         return None
+    names = [name for name in (HELD, *(name for name, _ in HEADLINES)) if any(name in means for *_, means in found)]
+    rows: list[tuple[str | None, ...]] = [
+        (*labels[id(run)], _name(each), str(end), *(_text(means.get(name)) for name in names))
+        for run, each, end, means in found
+    ]
     return Sheet("Retention", (*_label_heads(runs), "row", "edits", *names), rows)
 
 
@@ -120,6 +133,16 @@ def notes(runs: Sequence[Results]) -> list[str]:
     """What must be said under the tables: faults of the controls, the protocol, what the signs mean."""
     found = [fault for run in runs for fault in run.faults]
     found += [f"Unfinished: {run.folder}." for run in runs if any(len(r.cases) < r.expected for r in run.rows)]
+    for run in runs:
+        asked, silent = run.unjudged
+        if silent:
+            who = run.header["plan"]["judge"]
+            found.append(
+                f"{run.folder}: the judge {who} gave no verdict on {silent} of {asked} answers; "
+                "they are unscored. The same command asks again for them."
+            )
+        why = {line["scores"]["unscored"] for each in run.rows for line in each.tasks if "unscored" in line["scores"]}
+        found += [f"Capability unscored: {reason}" for reason in sorted(why)]
     found += ["Protocol: " + "; ".join(f"{name}: {value}" for name, value in runs[0].protocol.items()) + "."]
     found.append("Mean ± standard error over n cases; a case with several probes of a kind counts once.")
     found.append(UNITS)
@@ -131,7 +154,8 @@ def notes(runs: Sequence[Results]) -> list[str]:
 def markdown(runs: Sequence[Results]) -> str:
     """The report as Markdown."""
     retention = retention_sheet(runs)
-    sheets = [*quality_sheets(runs), cost_sheet(runs), *([retention] if retention else [])]
+    capable = capability_sheet(runs)
+    sheets = [*quality_sheets(runs), cost_sheet(runs), *(sheet for sheet in (retention, capable) if sheet)]
     parts = [f"# {title(runs)}", *notes(runs)]
     for sheet in sheets:
         parts += [f"## {sheet.title}", _markdown(sheet)]
@@ -172,6 +196,8 @@ def as_csv(runs: Sequence[Results]) -> str:
             for end, means in each.retention():
                 for name, mean in means.items():
                     writer.writerow((*head, "retention", name, end, *_three(mean), how))
+            for name, (mean, protocol) in each.capability().items():
+                writer.writerow((*head, "capability", name, "", *_three(mean), protocol))
             for name, value in each.cost().items():
                 writer.writerow((*head, "cost", name, "", value, "", "", ""))
     return file.getvalue()

@@ -37,8 +37,23 @@ def bench(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest free answer, in tokens.")] = 24,
     fluency: Annotated[bool, typer.Option("--fluency", help="Score a longer generated text too.")] = False,
     also: Annotated[
-        str, typer.Option("--also", help="Other scores, with commas: robustness, prefix, rouge, bleu.")
+        str,
+        typer.Option("--also", help="Other scores, with commas: robustness, prefix, rouge, bleu, judge, capability."),
     ] = "",
+    tasks: Annotated[
+        str, typer.Option("--tasks", help="With 'capability': tasks of lm-evaluation-harness, with commas.")
+    ] = "",
+    tasks_folder: Annotated[
+        Path | None, typer.Option("--tasks-folder", metavar="DIR", help="Tasks of your own, instead of the harness's.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="Questions per task; else all.")] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(metavar="URL", help="With 'judge': its endpoint; else $EASYEDITOR_JUDGE_URL.")
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With 'judge': its name; else $EASYEDITOR_JUDGE_MODEL.")
+    ] = None,
+    judge_calls: Annotated[int, typer.Option(min=1, help="With 'judge': the most requests, retries included.")] = 1000,
     held_out: Annotated[
         str, typer.Option("--held-out", metavar="TEXT", help="Text for perplexity: a file, texts or tinyfacts.")
     ] = "texts",
@@ -56,13 +71,15 @@ def bench(
 
     Each finished case is on the disk at once. The same command goes on with a run that was stopped.
     """
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    given = by_method(settings or ())
+    given, wanted = by_method(settings or ()), listed(also)
+    if (judge_url or judge_model) and "judge" not in wanted:
+        raise UsageError("--judge-url and --judge-model go with --also judge.")
 
     from easyeditor.bench.experiment import run
+    from easyeditor.bench.verdicts import judge_at
 
     result = run(
-        names,
+        listed(methods),
         folder,
         model=model,
         data=data,
@@ -73,7 +90,11 @@ def bench(
         settings=given,
         max_new_tokens=max_new_tokens,
         test_generation=fluency,
-        also=[name.strip() for name in also.split(",") if name.strip()],
+        also=wanted,
+        judge=judge_at(judge_url, judge_model, judge_calls) if "judge" in wanted else None,
+        tasks=listed(tasks),
+        tasks_folder=tasks_folder,
+        task_limit=task_limit,
         chat=chat,
         dtype=dtype,
         device=device_of(device),
@@ -90,6 +111,11 @@ def bench(
         err().print(fault, style="bold red")
     if result.faults or any(row.error for row in result.rows):
         raise typer.Exit(1)
+
+
+def listed(text: str) -> list[str]:
+    """The names in a text, between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def by_method(pairs: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -47,9 +47,9 @@ def report(
 
 def shown(runs: Sequence[Results], console: Console) -> None:
     """Print the tables of runs, with what must be known to read them."""
-    from easyeditor.bench.tables import cost_sheet, notes, quality_sheets, retention_sheet
+    from easyeditor.bench.tables import capability_sheet, cost_sheet, notes, quality_sheets, retention_sheet
 
-    for sheet in (*quality_sheets(runs), retention_sheet(runs), cost_sheet(runs)):
+    for sheet in (*quality_sheets(runs), retention_sheet(runs), cost_sheet(runs), capability_sheet(runs)):
         if sheet is not None:
             console.print(table(sheet.title, sheet.columns, sheet.rows, right=sheet.numbers))
             console.print()
@@ -97,6 +97,7 @@ def document(runs: Sequence[Results], files: Sequence[Path]) -> dict[str, Any]:
                         "remarks": each.remarks,
                         **{phase: {k: vars(m) for k, m in each.headlines(phase).items()} for phase in run.phases},
                         "cost": each.cost(),
+                        "capability": {k: {**vars(m), "protocol": p} for k, (m, p) in each.capability().items()},
                     }
                     for each in run.rows
                 ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ def capability(
         seed: For the choice of examples.
 
     Returns:
-        ``<task>.<metric>`` -> ``mean``, ``stderr``, ``n``, ``unscored`` and ``protocol``, as `summarise` gives them.
+        ``<task>.<metric>`` (behind it ``.<filter>``, where the task reads answers in several ways) -> ``mean``,
+        ``stderr``, ``n``, ``unscored`` and ``protocol``, as `summarise` gives them.
 
     Raises:
         MissingExtra: lm-evaluation-harness is not installed.
@@ -87,6 +89,16 @@ def capability(
     return _scores(result, limit)
 
 
+def check_installed() -> None:
+    """See that the harness is there, before any work.
+
+    Raises:
+        MissingExtra: It is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise _missing()
+
+
 def _scores(result: Mapping[str, Any], limit: int | None) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     shots, versions, counts = (result.get(key, {}) for key in ("n-shot", "versions", "n-samples"))
@@ -97,7 +109,7 @@ def _scores(result: Mapping[str, Any], limit: int | None) -> dict[str, dict[str,
             if not isinstance(value, int | float) or metric.endswith("_stderr") or not way:
                 continue
             error = values.get(f"{metric}_stderr,{way}")
-            out[f"{task}.{metric}"] = {
+            out[f"{task}.{metric}" + ("" if way == "none" else f".{way}")] = {
                 "mean": float(value),
                 "stderr": float(error) if isinstance(error, int | float) else None,
                 "n": counts.get(task, {}).get("effective"),
@@ -112,6 +124,10 @@ def _part(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingExtra(
-            "Capability scores need the lm-evaluation-harness. Install it: pip install 'easyeditor[capability]'."
-        ) from error
+        raise _missing() from error
+
+
+def _missing() -> MissingExtra:
+    return MissingExtra(
+        "Capability scores need the lm-evaluation-harness. Install it: pip install 'easyeditor[capability]'."
+    )

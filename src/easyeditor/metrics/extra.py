@@ -21,6 +21,7 @@ from easyeditor.metrics.text import exact_match
 from easyeditor.requests import EditRequest
 
 Found = list[dict[str, Any]]
+FOLLOWS = "portability."  # in front of the name of a group of such probes
 FLUENCY_TOKENS, FLUENCY_TOP_K = 100, 5  # as in the ROME paper's code
 
 
@@ -171,21 +172,45 @@ def judged(lm: LM, requests: Sequence[EditRequest], out: Found, judge: Judge) ->
         out: Their measurements.
         judge: Who judges; None stands where there is no verdict.
     """
-    places: list[tuple[dict[str, Any], str, list[Case]]] = []
-    for request, scores in zip(requests, out, strict=True):
-        target = (request.target_new,)
-        for name, asked in (("rewrite", (request.prompt,)), ("rephrase", request.rephrase_prompts)):
-            if asked:
-                texts = scores[f"{name}_gen_content"]
-                cases = [Case(prompt, target, text) for prompt, text in zip(asked, texts, strict=True)]
-                places.append((scores, f"{name}_judge", cases))
-                scores["metric_meta"][f"{name}_judge"] = protocol(lm, "judged", f"{name}_judge", judge.name)
-        for name, probes in request.portability.items():
-            texts = scores["portability"][f"{name}_gen_content"]
-            cases = [Case(probe.prompt, probe.answers, text) for probe, text in zip(probes, texts, strict=True)]
-            places.append((scores["portability"], f"{name}_judge", cases))
-            key = f"portability.{name}_judge"
-            scores["metric_meta"][key] = protocol(lm, "judged", f"{name}_judge", judge.name)
-    verdicts = iter(judge.verdicts(case for _, _, cases in places for case in cases))
-    for where, key, cases in places:
-        where[key] = [next(verdicts) for _ in cases]
+    listed = [to_judge(request, scores) for request, scores in zip(requests, out, strict=True)]
+    verdicts = iter(judge.verdicts(case for groups in listed for cases in groups.values() for case in cases))
+    for groups, scores in zip(listed, out, strict=True):
+        for name, cases in groups.items():
+            meta = protocol(lm, "judged", f"{name.removeprefix(FOLLOWS)}_judge", judge.name)
+            put_verdicts(scores, name, [next(verdicts) for _ in cases], meta)
+
+
+def to_judge(request: EditRequest, scores: Mapping[str, Any]) -> dict[str, list[Case]]:
+    """What a judge is asked about a measurement.
+
+    Args:
+        request: What was measured.
+        scores: Its measurement.
+
+    Returns:
+        ``rewrite``, ``rephrase`` and ``portability.<name>``, as far as there are such probes -> a case per probe.
+    """
+    target = (request.target_new,)
+    groups: dict[str, list[tuple[str, tuple[str, ...]]]] = {"rewrite": [(request.prompt, target)]}
+    groups["rephrase"] = [(prompt, target) for prompt in request.rephrase_prompts]
+    said = {name: scores.get(f"{name}_gen_content", ()) for name in groups}
+    for name, probes in request.portability.items():
+        groups[FOLLOWS + name] = [(probe.prompt, probe.answers) for probe in probes]
+        said[FOLLOWS + name] = scores["portability"][f"{name}_gen_content"]
+    return {
+        name: [Case(prompt, answers, text) for (prompt, answers), text in zip(asked, said[name], strict=True)]
+        for name, asked in groups.items()
+        if asked
+    }
+
+
+def put_verdicts(scores: dict[str, Any], name: str, verdicts: Sequence[float | None], meta: Mapping[str, Any]) -> None:
+    """Add the verdicts on a group of `to_judge` to a measurement, with their protocol."""
+    where, key = place_of_verdicts(scores, name)
+    where[key] = list(verdicts)
+    scores["metric_meta"][f"{name}_judge"] = dict(meta)
+
+
+def place_of_verdicts(scores: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """Where the verdicts on a group of `to_judge` stand: in which dict, and under which key."""
+    return scores["portability"] if name.startswith(FOLLOWS) else scores, f"{name.removeprefix(FOLLOWS)}_judge"

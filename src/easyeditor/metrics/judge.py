@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ Answer to judge: {said}
 Does the answer to judge give the same information as one of the reference answers? Ignore wording, case and \
 punctuation. Say one letter: A if it does, B if it does not."""
 VERDICT = re.compile(r"\W*(?:(?:the )?(?:answer|verdict)(?: is)?\W+)?(A|B)\s*(?:[\W_]|$)\s*(?![a-z])", re.IGNORECASE)
+Watch = Callable[[Iterable[Any], int], Iterable[Any]]
 AGAIN = (408, 409, 425, 429)  # these, and all from 500 on, may go away
 TOKENS = 8
 
@@ -103,11 +104,21 @@ class Judge:
     def __repr__(self) -> str:
         return f"Judge({self.name!r}, {self.base_url!r})"  # without the key
 
-    def verdicts(self, cases: Iterable[Case]) -> list[float | None]:
+    def keep_in(self, path: Path) -> None:
+        """Keep verdicts in a JSONL file from now on; those that are in it are known.
+
+        Raises:
+            UsageError: It is a folder.
+        """
+        self._known |= _read(path)
+        self.cache = path
+
+    def verdicts(self, cases: Iterable[Case], watch: Watch | None = None) -> list[float | None]:
         """Judge answers.
 
         Args:
             cases: What to judge; equal cases are asked once.
+            watch: Sees the questions pass, and how many there are; for a progress bar.
 
         Returns:
             1.0 for right, 0.0 for wrong, None for unscored: no accepted answer, or no verdict.
@@ -121,7 +132,9 @@ class Judge:
                 self._note(case, text)
         elif missing and self.silent is None:
             with ThreadPoolExecutor(max(self.workers, 1)) as pool:
-                list(pool.map(self._ask, missing))
+                asked = pool.map(self._ask, missing)
+                for _ in watch(asked, len(missing)) if watch else asked:
+                    pass
         found = [self._known.get(self._key(case)) if case.answers else None for case in listed]
         unscored = sum(verdict is None for case, verdict in zip(listed, found, strict=True) if case.answers)
         if unscored:
@@ -208,6 +221,17 @@ class Judge:
             return json.loads(reply.read().decode("utf-8", "replace"))
 
 
+def verdicts_in(path: Path, judge: str) -> dict[Case, float]:
+    """The verdicts of a judge in a file, by what was judged; accepted answers stand in alphabetical order.
+
+    Args:
+        path: What `Judge.keep_in` was given; it need not be there.
+        judge: The judge's name.
+    """
+    entries = _entries(path) if path.is_file() else ()
+    return {case: verdict for _, name, case, verdict in entries if name == judge}
+
+
 def _text(case: Case) -> str:
     answers = "; ".join(dict.fromkeys(case.answers))
     return ASK.format(question=case.question, answers=answers, said=case.said or "(nothing)")
@@ -227,11 +251,15 @@ def _read(path: Path) -> dict[str, float]:
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         with path.open("a", encoding="utf-8") as file:
             file.write("\n")
-    out: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    return {key: verdict for key, _, _, verdict in _entries(path)} if path.exists() else {}
+
+
+def _entries(path: Path) -> Iterator[tuple[str, str, Case, float]]:
+    """Of each verdict of a file its key, the judge, what was judged, and the verdict."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            out[str(entry["key"])] = float(entry["verdict"])
+            case = Case(str(entry["question"]), tuple(sorted(entry["answers"])), str(entry["said"]))
+            yield str(entry["key"]), str(entry["judge"]), case, float(entry["verdict"])
         except (ValueError, KeyError, TypeError):
             log.info("A line of '%s' is no verdict; it is skipped.", path)
-    return out
