@@ -15,7 +15,9 @@ import pytest
 from typer.testing import CliRunner
 
 import easyeditor
+from easyeditor.bench.plan import pool_of
 from easyeditor.cli import application
+from easyeditor.cli.facts import many_facts
 from easyeditor.data import DATA_SETS, data_set, load_requests
 from easyeditor.data.dataset import RecordDataset
 from easyeditor.data.files import load
@@ -438,6 +440,32 @@ def test_check_prints_the_first_edit() -> None:
     found = json.loads(easyedit("check", str(FIXTURES / "akew.json"), "--as", "akew-unstructured", "--json").stdout)
     assert (found["read_as"], found["records"], found["edits"]) == ("akew-unstructured", 2, 2)
     assert found["first"]["target_new"].startswith("Old Quay stands")
+
+
+def test_a_file_is_read_as_the_named_data_set() -> None:
+    path = str(FIXTURES / "akew.json")
+    for found in (many_facts(path, 1, "akew-unstructured"), pool_of(path, 1, "akew-unstructured")):
+        assert found[0].target_new.startswith("Old Quay stands")
+    assert not many_facts(path, 1)[0].target_new.startswith("Old Quay stands")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["edit", "{file}"], "Did you mean 'akew'"),
+        (["eval", "{file}"], "Did you mean 'akew'"),
+        (["locate", "{file}"], "Did you mean 'akew'"),
+        (["bench", "--methods", "ICE", "--out", "{out}", "--data", "{file}"], "Did you mean 'akew'"),
+        (["edit", "--prompt", "a", "--target", "b"], "goes with a file"),
+        (["eval", "tinyfacts"], "is the bundled table"),
+        (["bench", "--methods", "ICE", "--out", "{out}"], "is the bundled table"),
+    ],
+)
+def test_every_verb_takes_the_name_of_a_data_set(words: list[str], part: str, tmp_path: Path) -> None:
+    said = [word.format(file=FIXTURES / "akew.json", out=tmp_path / "x") for word in words]
+    told = CliRunner().invoke(application(), [*said, "--as", "akews"])
+    assert told.exit_code == 2 and part in " ".join(told.stderr.split())
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def run(
     *,
     model: str | LM = "tinyfacts",
     data: str | Path | Sequence[EditRequest] = "tinyfacts",
+    layout: str | None = None,
     n: int | None = None,
     schedule: str = "single",
     seeds: int = 1,
@@ -55,6 +56,7 @@ def run(
         out: The folder of the run.
         model: A folder, a hub id, ``tinyfacts``, or a loaded model without edits.
         data: A file, ``tinyfacts`` (the bundled table's reporting half), or facts.
+        layout: The data set that a file is read as, of those that ``easyedit data`` lists; None: told by its fields.
         n: Facts per seed; None: 100, or as many as there are.
         schedule: ``single``: each fact on the unedited model; ``batch:N``: N facts at once on the unedited model;
             ``sequential:N``: N facts per edit, and all edits stay.
@@ -87,7 +89,7 @@ def run(
     wanted = tuple(dict.fromkeys([*also, *(["judge"] if judge else []), *(["capability"] if tasks else [])]))
     if "judge" in wanted and judge is None:
         judge = judge_at()
-    pool = pool_of(str(data), n) if isinstance(data, str | Path) else distinct(data)
+    pool = pool_of(str(data), n, layout) if isinstance(data, str | Path) else distinct(data)
     plan = plan_of(
         methods,
         pool,

@@ -14,7 +14,7 @@ from typing import Any
 from easyeditor.bench.controls import NO_OP, PROMPT, UNEDITED, nonsense_of
 from easyeditor.bench.schedule import Schedule
 from easyeditor.core.corpus import read_corpus
-from easyeditor.data.files import load_requests
+from easyeditor.data.files import load_requests, no_layout
 from easyeditor.data.tinyfacts import TinyFacts
 from easyeditor.errors import UsageError, did_you_mean
 from easyeditor.hparams import HyperParams
@@ -205,19 +205,21 @@ def plan_of(
     return plan
 
 
-def pool_of(data: str, n: int | None) -> list[EditRequest]:
+def pool_of(data: str, n: int | None, layout: str | None = None) -> list[EditRequest]:
     """The facts of a file or of the bundled table, each prompt once.
 
     Args:
         data: A file; or ``tinyfacts``, the bundled table's reporting half, or ``tinyfacts:tuning``, the other.
         n: How many will be needed: the bundled table gives no more facts about one subject than it takes.
+        layout: The data set that a file is read as; None: told by its fields.
 
     Raises:
         UsageError: There is no such file or half, or a record is not valid.
     """
     name, _, half = data.partition(":")
     if name != BUNDLED or Path(data).is_file():
-        return distinct(load_requests(data))
+        return distinct(load_requests(data, layout=layout))
+    no_layout(data, layout)
     table = TinyFacts()
     for per_subject in (1, 2, 4, None):
         found = distinct(table.requests(half or "reporting", per_subject=per_subject))

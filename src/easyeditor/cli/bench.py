@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from easyeditor.cli.common import device_of, door, emit, err, out
-from easyeditor.cli.options import ChatOption, DebugOption, DeviceOption, DtypeOption, JsonOption, ModelOption
+from easyeditor.cli.options import (
+    ChatOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayoutOption,
+    ModelOption,
+)
 from easyeditor.cli.report import document, shown, written
 from easyeditor.cli.settings import parsed
 from easyeditor.errors import UsageError
@@ -21,6 +29,7 @@ def bench(
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The folder of the run.")],
     model: ModelOption = "tinyfacts",
     data: Annotated[str, typer.Option("--data", help="A data file, or tinyfacts, or tinyfacts:tuning.")] = "tinyfacts",
+    layout: LayoutOption = None,
     n: Annotated[
         int | None, typer.Option("--n", min=1, help="Facts per seed.  [default: 100, or all if there are fewer]")
     ] = None,
@@ -83,6 +92,7 @@ def bench(
         folder,
         model=model,
         data=data,
+        layout=layout,
         n=n,
         schedule=schedule,
         seeds=seeds,

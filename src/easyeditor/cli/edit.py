@@ -18,6 +18,7 @@ from easyeditor.cli.options import (
     DtypeOption,
     HparamsOption,
     JsonOption,
+    LayoutOption,
     LoadedModelOption,
     MethodOption,
     SeedOption,
@@ -39,6 +40,7 @@ def edit(
     file: Annotated[
         str | None, typer.Argument(metavar="FILE", help="Facts in JSON, JSONL or CSV, instead of the flags below.")
     ] = None,
+    layout: LayoutOption = None,
     prompt: Annotated[str | None, typer.Option(help="The text in front of the answer.")] = None,
     subject: Annotated[str | None, typer.Option(help="The part of the prompt that names the entity.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
@@ -71,10 +73,12 @@ def edit(
     flags = (prompt, subject, target, ground_truth, rephrase, locality)
     if file is not None and any(flags):
         raise UsageError("Both a file of facts and a fact by flags were given. Give one of the two.")
+    if file is None and layout is not None:
+        raise UsageError("--as goes with a file of facts. Name one, or leave --as out.")
     if file is None and (prompt is None or target is None):
         raise UsageError("No fact was given. Pass --prompt and --target (and --subject), or a file of facts.")
     if file is not None:
-        requests = many_facts(file, None)
+        requests = many_facts(file, None, layout)
     else:
         requests = [one_fact(prompt or "", target or "", subject, ground_truth, rephrase or (), locality or ())]
     if save is not None:

@@ -19,6 +19,7 @@ from easyeditor.cli.options import (
     DtypeOption,
     HparamsOption,
     JsonOption,
+    LayoutOption,
     LoadedModelOption,
     MethodOption,
     SeedOption,
@@ -32,6 +33,7 @@ from easyeditor.plain import plain
 @door
 def evaluate(
     data: Annotated[str, typer.Argument(metavar="DATA", help="A data file, or tinyfacts, or tinyfacts:tuning.")],
+    layout: LayoutOption = None,
     method: MethodOption = "ROME",
     model: LoadedModelOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many facts.")] = None,
@@ -60,7 +62,7 @@ def evaluate(
     is edited on the untouched model unless --sequential is given.
     """
     said = Choice(method, model, hparams, tuple(settings or ()), device, dtype, chat, seed).hparams()
-    requests = many_facts(data, limit)
+    requests = many_facts(data, limit, layout)
     if results is not None:
         keep_what_is_there(results, force)
         if not results.parent.is_dir():

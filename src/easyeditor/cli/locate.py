@@ -13,7 +13,15 @@ import typer
 
 from easyeditor.cli.common import door, emit, keep_what_is_there, load, out, table
 from easyeditor.cli.facts import many_facts
-from easyeditor.cli.options import ChatOption, DebugOption, DeviceOption, DtypeOption, JsonOption, ModelOption
+from easyeditor.cli.options import (
+    ChatOption,
+    DebugOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayoutOption,
+    ModelOption,
+)
 from easyeditor.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +40,7 @@ def locate(
         str | None,
         typer.Argument(metavar="FILE", help="Facts in JSON, JSONL or CSV with ground_truth; else the bundled table's."),
     ] = None,
+    layout: LayoutOption = None,
     model: ModelOption = "tinyfacts",
     method: Annotated[str, typer.Option("--method", help="For which method; 'easyedit methods' lists them.")] = "MEMIT",
     facts: Annotated[int, typer.Option(min=1, help="At most this many facts.")] = 20,
@@ -68,7 +77,7 @@ def locate(
     spec = get_method(method)
     _check(spec, row, force)
     chosen = layers_of(layers) if layers is not None else None
-    requests = many_facts(file or "tinyfacts:tuning", facts)
+    requests = many_facts(file or "tinyfacts:tuning", facts, layout)
     lm = load(model, device, dtype)
     lm.text.chat = chat
     found = located(

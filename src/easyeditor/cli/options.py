@@ -25,4 +25,8 @@ LoadedModelOption = Annotated[
 HparamsOption = Annotated[
     Path | None, typer.Option("--hparams", metavar="PATH", help="A settings file, or METHOD/MODEL.")
 ]
+LayoutOption = Annotated[
+    str | None,
+    typer.Option("--as", metavar="NAME", help="Read the file as this data set, of those that 'easyedit data' lists."),
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="For whatever the method draws.")]

@@ -55,6 +55,16 @@ def load_requests(path: str | Path, limit: int | None = None, layout: str | None
     return first([edit.request for edit in load(path, layout).edits], limit)
 
 
+def no_layout(name: str, layout: str | None) -> None:
+    """See that nobody gives a layout to facts that are read from no file.
+
+    Raises:
+        UsageError: Somebody does.
+    """
+    if layout is not None:
+        raise UsageError(f"'{name}' is the bundled table and no file, so it is not read as '{layout}'. Leave --as out.")
+
+
 def load(path: str | Path, layout: str | None = None) -> Loaded:
     """Read a file; see `load_requests`.
 
