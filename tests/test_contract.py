@@ -20,7 +20,22 @@ from easyeditor.registry import MethodSpec, get_method, methods
 from easyeditor.requests import EditRequest
 
 FAST = ("gpt2", "llama", "gemma2", "falcon", "t5")
-VARIANTS = ("R-ROME", "MEMIT-FE", "EMMET", "PMET", "SPHERE", "CORE", "EAMET", "NAMET", "SimIE")  # of what runs on all
+VARIANTS = (
+    "R-ROME",
+    "MEMIT-FE",
+    "EMMET",
+    "PMET",
+    "SPHERE",
+    "CORE",
+    "EAMET",
+    "NAMET",
+    "SimIE",
+    "LocFT-BF",
+    "FT_uns",
+    "LoRA_uns",
+    "QLoRA",
+    "DPO",
+)  # of what runs on all
 # With learned positions and ReLU keys, texts in front of the prompt move the keys of a model this small too far; after
 # an MLP's own norm, what it returns reaches the answer from the lower blocks; Falcon's first block is too blunt.
 OF_FAMILY = {

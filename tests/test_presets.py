@@ -35,6 +35,12 @@ EXISTING = {
     "CORE": "",
     "EAMET": "qwen2.5-7b",
     "NAMET": "",
+    "LocFT-BF": "",
+    "LoRA": "chatglm2-6b chatglm4-9b gpt-j-6B gpt2-xl llama-7b llama3-8b llama3.1-8b llama3.2-3b qwen2.5-7b",
+    "QLoRA": "llama-7b llama3-8b llama3.2-3b qwen2.5-7b",
+    "DPO": "llama-7b llama3-8b",
+    "FT_uns": "qwen2.5-7b",
+    "LoRA_uns": "qwen2.5-7b",
     "SimIE": "gpt2-xl llama-7b llama3-8b mistral-7b",
     "R-ROME": "chatglm4-9b gpt-j-6B gpt2-xl llama-7b llama3.2-3b qwen2.5-7b qwen3.5-9b",
 }
@@ -57,6 +63,34 @@ VALUES: Fields = {
 }
 LEAST_SQUARES: Fields = {**VALUES, "mom2_update_weight": (float,)}
 ALPHAEDIT: Fields = {**LEAST_SQUARES, "nullspace_threshold": (float,), "L2": (float,)}
+FINE_TUNING: Fields = {
+    "layers": (list,),
+    "num_steps": (int,),
+    "lr": (float,),
+    "weight_decay": (float,),
+    "norm_constraint": (float, bool),
+    "objective_optimization": (str,),
+}
+FT: Fields = {**FINE_TUNING, "kl_factor": (float,), "batch_size": (int,)}
+ADAPTERS: Fields = {
+    "lora_type": (str,),
+    "layers": (list,),
+    "num_steps": (int,),
+    "batch_size": (int,),
+    "lr": (float,),
+    "weight_decay": (float,),
+    "rank": (int,),
+    "lora_alpha": (float,),
+    "lora_dropout": (float,),
+    "target_modules": (list,),
+}
+QLORA: Fields = {
+    **{name: kinds for name, kinds in ADAPTERS.items() if name not in ("layers", "rank")},
+    "lora_r": (int,),
+    "quantization_bit": (int,),
+    "double_quant": (bool,),
+    "quant_type": (str,),
+}
 NAMET: Fields = {**LEAST_SQUARES, "mom2_update_weight": (list, float), "ks_bs": (int,)}
 FIELDS: dict[str, Fields] = {
     "ROME": {**VALUES, "context_template_length_params": (list,)},
@@ -94,17 +128,13 @@ FIELDS: dict[str, Fields] = {
         "weight_decay_method": (str,),
     },
     "SimIE": {"base_method": (str,), "lamHyper": (float,), "init_model": (bool,), "solver": (str,), "fast": (bool,)},
-    "FT": {
-        "layers": (list,),
-        "num_steps": (int,),
-        "lr": (float,),
-        "weight_decay": (float,),
-        "kl_factor": (float,),
-        "norm_constraint": (float, bool),
-        "objective_optimization": (str,),
-        "batch_size": (int,),
-        "max_length": (int,),
-    },
+    "FT": {**FT, "max_length": (int,)},
+    "FT_uns": FT,
+    "LocFT-BF": {**FINE_TUNING, "mini_batch": (int,), "whole_block": (bool,)},
+    "LoRA": ADAPTERS,
+    "LoRA_uns": ADAPTERS,
+    "QLoRA": QLORA,
+    "DPO": {**ADAPTERS, "alpha": (float,), "beta": (float,)},
     "GRACE": {
         "inner_params": (list,),
         "edit_lr": (float,),
@@ -125,7 +155,8 @@ FIELDS: dict[str, Fields] = {
 TABLES = tuple(FIELDS)
 BY_DEPTH: dict[str, set[str]] = {
     **{name: {"layers", "v_loss_layer"} for name in TABLES if "v_loss_layer" in FIELDS[name]},
-    "FT": {"layers"},
+    **{name: {"layers"} for name in ("FT", "FT_uns", "LocFT-BF")},
+    **{name: set() for name in ("LoRA", "LoRA_uns", "QLoRA", "DPO")},
     "GRACE": {"inner_params"},
     "ICE": set(),
     "SimIE": set(),

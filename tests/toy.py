@@ -143,7 +143,15 @@ SETTINGS: dict[str, dict[str, object]] = {  # of each method, for models as smal
     "NAMET": {**SPREAD, "clamp_norm_factor": 4.0},
     "SimIE": {"lamHyper": 0.1, "base_method": "ROME", "base_settings": {**WRITE, "layers": [1]}},
     "FT": {"layers": [1], "lr": 1e-3, "num_steps": 80},
+    "LocFT-BF": {"layers": [1], "lr": 1e-3, "num_steps": 80},
+    "FT_uns": {"layers": [1], "lr": 1e-3, "num_steps": 80},
+    "LoRA": {"lr": 2e-3},
+    "LoRA_uns": {"lr": 2e-3},
+    "QLoRA": {"lr": 2e-3},
+    "DPO": {"lr": 2e-3, "num_steps": 12},
     "GRACE": {"n_iter": 60, "eps": 0.1},
+    "UltraEdit": {"lr": 1e-3, "warm_up": 200},
+    "StableEdit": {"lr": 1e-3, "warm_up": 200},
 }
 
 
@@ -276,6 +284,7 @@ def request(index: int = 0, relation: str = "home") -> EditRequest:
         subject=subject,
         target_new=new,
         ground_truth=old,
+        target_neg=old,
         rephrase_prompts=tuple(w.format(subject) for w in wordings[1:]),
         locality={"neighborhood": tuple(Probe(wordings[0].format(s), (TRUTH[relation, s],)) for s in near)},
     )

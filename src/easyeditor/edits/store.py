@@ -25,6 +25,7 @@ from torch import Tensor
 from easyeditor.edits.delta import from_tensors
 from easyeditor.edits.edit import DecodingEdit, Edit, LogitBias, ModuleEdit, PromptEdit, WeightEdit
 from easyeditor.edits.ledger import Ledger
+from easyeditor.edits.peft import CONFIG, WEIGHTS, peft_adapter
 from easyeditor.errors import DamagedFile, EditFailed, UsageError
 from easyeditor.lm.model import LM
 from easyeditor.registry import get_method
@@ -35,7 +36,7 @@ COMMON = tuple(f.name for f in dataclasses.fields(Edit))
 
 
 def save_edits(edits: Edit | Sequence[Edit], folder: str | Path, force: bool = False) -> Path:
-    """Save edits into a folder.
+    """Save edits into a folder; adapters also in the format of peft, which loads the folder as its own.
 
     Args:
         edits: One edit, or several in the order in which they were made.
@@ -61,6 +62,9 @@ def save_edits(edits: Edit | Sequence[Edit], folder: str | Path, force: bool = F
         entries.append({"id": edit.id, "kind": edit.kind, **common, "config": edit.config()})
     with replacing(Path(folder), force, HEADER) as temporary:
         save_file(tensors, temporary / TENSORS)
+        if (adapter := peft_adapter(found)) is not None:
+            (temporary / CONFIG).write_text(json.dumps(adapter[0], indent=1), encoding="utf-8")
+            save_file(adapter[1], temporary / WEIGHTS, metadata={"format": "pt"})
         header = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
