@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from easyeditor.data.tinyfacts import TinyFacts
 from easyeditor.editors.summary import summarise
 from easyeditor.edits.delta import Dense
 from easyeditor.edits.edit import WeightEdit
@@ -26,7 +27,7 @@ from easyeditor.metrics.fluency import ngram_entropy, repetition
 from easyeditor.metrics.likelihood import read, read_texts
 from easyeditor.metrics.locality import by_kind, kind
 from easyeditor.metrics.overlap import bleu, rouge, similarity
-from easyeditor.metrics.perplexity import Perplexity, alarm, perplexity
+from easyeditor.metrics.perplexity import Perplexity, alarm, fitting, perplexity
 from easyeditor.metrics.quality import compare_locality, quality
 from easyeditor.metrics.retention import retention
 from easyeditor.metrics.robustness import is_question, negated, questions
@@ -338,6 +339,19 @@ def test_perplexity_of_files_and_bundled_text(tmp_path: Path) -> None:
         perplexity(lm, [])
     with pytest.raises(UsageError, match="encoder-decoder"):
         perplexity(build("t5"), ["a cat"])
+
+
+def test_the_text_fits_the_model() -> None:
+    table = TinyFacts()
+    held = table.held_out_sentences()
+    assert len(held) == len(set(held)) > 500 and not set(held) & set(table.sentences())
+    assert fitting("tinyfacts") == "tinyfacts" and fitting("gpt2-xl") == "texts"
+    lm = LM.load("tinyfacts")
+    own, trained, prose = (
+        perplexity(lm, source, texts=20).to_dict()["median"] for source in (None, table.sentences(), "texts")
+    )
+    assert own == perplexity(lm, held, texts=20).to_dict()["median"]
+    assert trained < own < 10 < 1000 < prose, "prose says nothing of a model that knows no English"
 
 
 def test_perplexity_is_not_clipped_and_broken_models_are_told() -> None:

@@ -18,6 +18,7 @@ from easyeditor.bench.verdicts import judge_at, judge_run
 from easyeditor.editors.progress import tracked
 from easyeditor.lm.model import LM
 from easyeditor.metrics.judge import Judge
+from easyeditor.metrics.perplexity import fitting
 from easyeditor.registry import get_method
 from easyeditor.requests import EditRequest
 
@@ -39,7 +40,7 @@ def run(
     max_new_tokens: int = 24,
     test_generation: bool = False,
     also: Sequence[str] = (),
-    held_out: str = "texts",
+    held_out: str | None = None,
     judge: Judge | None = None,
     tasks: Sequence[str] = (),
     tasks_folder: str | Path | None = None,
@@ -68,7 +69,8 @@ def run(
         also: What else to score: ``robustness`` (negation, true or false, cloze), ``prefix`` (behind an unrelated
             text), ``rouge`` and ``bleu`` (long answers), ``judge`` (verdicts of another model), ``capability`` (tasks
             of lm-evaluation-harness: once per row and seed, on the model as the run leaves it).
-        held_out: Text for perplexity: a file with a text to a line, or a bundled corpus (``texts``, ``tinyfacts``).
+        held_out: Text for perplexity: a file with a text to a line, or a bundled text: ``texts`` (prose), ``tinyfacts``
+            (sentences of the bundled table that its model was not trained on); None: what fits the model.
         judge: Who judges the answers; None with ``judge`` in `also`: what the environment names. Verdicts are kept in
             the run folder.
         tasks: The tasks of ``capability``.
@@ -90,10 +92,11 @@ def run(
     if "judge" in wanted and judge is None:
         judge = judge_at()
     pool = pool_of(str(data), n, layout) if isinstance(data, str | Path) else distinct(data)
+    name = model.name if isinstance(model, LM) else model
     plan = plan_of(
         methods,
         pool,
-        model=model.name if isinstance(model, LM) else model,
+        model=name,
         data=str(data) if isinstance(data, str | Path) else "facts that were passed",
         n=n,
         schedule=schedule,
@@ -103,7 +106,7 @@ def run(
         max_new_tokens=max_new_tokens,
         test_generation=test_generation,
         also=wanted,
-        held_out=held_out,
+        held_out=held_out or fitting(name),
         judge=judge and judge.name,
         tasks=tuple(tasks),
         tasks_folder=None if tasks_folder is None else str(tasks_folder),

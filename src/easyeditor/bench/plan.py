@@ -67,7 +67,7 @@ class Plan:
         max_new_tokens: The longest free answer.
         test_generation: Whether to score fluency too.
         also: What else is scored; see `ALSO`.
-        held_out: Text for perplexity: a file, or the name of a bundled corpus.
+        held_out: Text for perplexity: a file, or the name of a bundled text.
         judge: Who judges answers, by name.
         tasks: Tasks of lm-evaluation-harness, for ``capability``.
         tasks_folder: A folder of tasks, in place of those of the harness.

@@ -64,8 +64,9 @@ def bench(
     ] = None,
     judge_calls: Annotated[int, typer.Option(min=1, help="With 'judge': the most requests, retries included.")] = 1000,
     held_out: Annotated[
-        str, typer.Option("--held-out", metavar="TEXT", help="Text for perplexity: a file, texts or tinyfacts.")
-    ] = "texts",
+        str | None,
+        typer.Option("--held-out", metavar="TEXT", help="Text for perplexity: a file, texts (prose) or tinyfacts."),
+    ] = None,
     cluster: Annotated[
         str | None,
         typer.Option("--cluster", metavar="WHERE", help="Spread the work over Ray: 'local:2', or a cluster's address."),

@@ -99,11 +99,17 @@ class TinyFacts:
 
     def sentences(self) -> list[str]:
         """Every fact in every wording that the bundled model was trained on, with its answer and a full stop."""
-        return [
-            f"{prompt} {fact.answer}" + ("" if fact.answer.endswith(".") else ".")
+        return [_sentence(prompt, fact) for fact in self.facts for prompt in (*self._prompts(fact), *fact.prompts)]
+
+    def held_out_sentences(self, half: str = "tuning") -> list[str]:
+        """The facts of a half in the wordings that the bundled model never saw of them, in a drawn order."""
+        found = [
+            _sentence(wording.replace("{}", fact.subject), fact)
             for fact in self.facts
-            for prompt in (*self._prompts(fact), *fact.prompts)
+            if fact.half == half
+            for wording in self.relations[fact.relation].held_out
         ]
+        return _shuffled(dict.fromkeys(found), Random("held out"))
 
     def _prompts(self, fact: Fact) -> list[str]:
         return [wording.replace("{}", fact.subject) for wording in self.relations[fact.relation].trained]
@@ -132,6 +138,10 @@ class TinyFacts:
             },
             record=f"TinyFacts, fact {fact.id}",
         )
+
+
+def _sentence(prompt: str, fact: Fact) -> str:
+    return f"{prompt} {fact.answer}" + ("" if fact.answer.endswith(".") else ".")
 
 
 def _same(one: Iterable[str], other: Iterable[str]) -> bool:

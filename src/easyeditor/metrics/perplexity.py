@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from easyeditor.core.corpus import read_corpus
+from easyeditor.data.tinyfacts import TinyFacts
 from easyeditor.errors import UsageError
 from easyeditor.lm.model import LM
 from easyeditor.metrics.likelihood import read_texts
 
 Texts = Iterable[str] | str | Path
+PROSE, TABLE = "texts", "tinyfacts"  # bundled
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,14 @@ class Perplexity:
 
 
 def perplexity(
-    lm: LM, source: Texts = "texts", *, texts: int = 100, max_tokens: int = 256, batch_size: int = 8
+    lm: LM, source: Texts | None = None, *, texts: int = 100, max_tokens: int = 256, batch_size: int = 8
 ) -> Perplexity:
     """The perplexity of held-out texts, one by one.
 
     Args:
         lm: The model with whatever edits are on it.
-        source: Texts, a text or JSONL file, or the name of a bundled corpus (``texts``, ``tinyfacts``).
+        source: Texts, a text or JSONL file, or the name of a bundled one: ``texts`` (prose) or ``tinyfacts`` (facts of
+            the bundled table's tuning half, in wordings that the bundled model was not trained on); None: `fitting`.
         texts: At most this many of them, from the first on.
         max_tokens: At most this many tokens of each.
         batch_size: Texts per forward pass; it does not change the result.
@@ -71,12 +74,27 @@ def perplexity(
     Raises:
         UsageError: There is no such source, no text in it, or the model is an encoder-decoder.
     """
-    found = list(islice(read_corpus(source), texts))
+    source = fitting(lm.name) if source is None else source
+    found = list(islice(_texts(source), texts))
     if not found:
         raise UsageError(f"There is no text in '{source}'. Give one text per line, or an iterable of texts.")
     out = [exp_mean_nll(row) for row in read_texts(lm, found, max_tokens, batch_size)]
     broken = sum(value is None and len(lm.text.encode(text).ids) > 1 for value, text in zip(out, found, strict=True))
     return Perplexity(tuple(out), broken, max_tokens)
+
+
+def fitting(model: str) -> str:
+    """The bundled text that says something of a model: of the bundled model, what it could know; else prose.
+
+    Args:
+        model: Its name.
+    """
+    return TABLE if model == TABLE else PROSE
+
+
+def _texts(source: Texts) -> Iterable[str]:
+    """Texts that no model was trained on here; of the bundled table's corpus, which one was, the held-out sentences."""
+    return TinyFacts().held_out_sentences() if source == TABLE else read_corpus(source)
 
 
 def alarm(before: Perplexity, after: Perplexity, ratio: float = 1.5) -> str | None:
