@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -502,3 +503,14 @@ def test_a_cluster_that_cannot_be(tmp_path: Path, lm: LM, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MissingExtra, match=r"easyeditor\[cluster\]"), connected("local"):
         pass
+
+
+def test_remarks_of_a_cluster_are_no_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loud = SimpleNamespace(init=lambda **_: print("WARNING: the store is slow"), shutdown=lambda: print("bye"))
+    monkeypatch.setitem(sys.modules, "ray", loud)
+    with connected("local:3") as (_, workers):
+        assert workers == 3
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == "WARNING: the store is slow\nbye\n"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ class _Crew:
 def connected(where: str) -> Iterator[tuple[Any, int]]:
     """A context with Ray, and how many workers it is good for: one per accelerator, else one per machine.
 
+    What Ray has to remark goes to stderr: stdout is for results.
+
     Raises:
         UsageError: `where` is not understood, or nothing answers there.
         MissingExtra: Ray is not installed.
@@ -147,20 +150,27 @@ def connected(where: str) -> Iterator[tuple[Any, int]]:
         ray = import_module("ray")
     except ImportError:
         raise MissingExtra("--cluster needs Ray. Install it: pip install 'easyeditor[cluster]'.") from None
+    with redirect_stdout(sys.stderr):
+        count = _joined(ray, where)
+        try:
+            yield ray, count
+        finally:
+            ray.shutdown()
+
+
+def _joined(ray: Any, where: str) -> int:
+    """Start a cluster on this machine, or join one; how many workers it is good for."""
+    kind, _, number = where.partition(":")
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     if kind == "local":
         count = int(number or 2)
         ray.init(address="local", num_cpus=count, object_store_memory=STORE, **quiet)
-    else:
-        try:
-            ray.init(address=where, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UsageError(f"No Ray cluster answers at '{where}' ({str(error).splitlines()[0]}).") from None
-        count = int(ray.cluster_resources().get("GPU", 0)) or len(ray.nodes())
+        return count
     try:
-        yield ray, count
-    finally:
-        ray.shutdown()
+        ray.init(address=where, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UsageError(f"No Ray cluster answers at '{where}' ({str(error).splitlines()[0]}).") from None
+    return int(ray.cluster_resources().get("GPU", 0)) or len(ray.nodes())
 
 
 @contextmanager
