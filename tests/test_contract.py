@@ -35,13 +35,19 @@ VARIANTS = (
     "LoRA_uns",
     "QLoRA",
     "DPO",
+    "UnKE",
+    "AnyEdit",
+    "StableEdit",
 )  # of what runs on all
+ONE_PASS = ("UltraEdit", "StableEdit")  # they run the model once, and so it has to break down at once
 # With learned positions and ReLU keys, texts in front of the prompt move the keys of a model this small too far; after
 # an MLP's own norm, what it returns reaches the answer from the lower blocks; Falcon's first block is too blunt.
 OF_FAMILY = {
     ("ROME", "toy-opt"): {"context_template_length_params": []},
     ("GRACE", "toy-gemma2"): {"n_iter": 100, "inner_params": ["model.layers.1.mlp.down_proj.weight"]},
     ("AlphaEdit", "toy-falcon"): {"layers": [1]},
+    ("UltraEdit", "toy-llama"): {"lr": 4e-2},
+    ("StableEdit", "toy-llama"): {"lr": 1e-1},
 }
 PAIRS = [
     pytest.param(
@@ -137,7 +143,7 @@ def test_it_leaves_the_model_as_it_found_it_when_it_fails(spec: MethodSpec, lm: 
     def break_down(*_: object) -> None:
         nonlocal calls
         calls += 1
-        if calls > 4:
+        if calls > (0 if spec.name in ONE_PASS else 4):
             raise MemoryError("no more memory")
 
     handle = lm.blocks[-1].register_forward_hook(break_down)

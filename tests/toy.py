@@ -150,8 +150,11 @@ SETTINGS: dict[str, dict[str, object]] = {  # of each method, for models as smal
     "QLoRA": {"lr": 2e-3},
     "DPO": {"lr": 2e-3, "num_steps": 12},
     "GRACE": {"n_iter": 60, "eps": 0.1},
-    "UltraEdit": {"lr": 1e-3, "warm_up": 200},
-    "StableEdit": {"lr": 1e-3, "warm_up": 200},
+    "UnKE": {"layers": [1]},
+    "AnyEdit": {"layers": [1], "window_size": 1},
+    "KN": {"steps": 10, "adaptive_threshold": 0.5, "lr_scale": 1.0},
+    "UltraEdit": {"inner_params": [], "lr": 2e-2, "warm_up": 300, "batch_size_once": 100},
+    "StableEdit": {"inner_params": [], "lr": 4e-2, "warm_up": 600, "batch_size_once": 100, "alpha": 1.0},
 }
 
 
