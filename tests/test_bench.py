@@ -508,7 +508,10 @@ def test_a_cluster_that_cannot_be(tmp_path: Path, lm: LM, monkeypatch: pytest.Mo
 def test_remarks_of_a_cluster_are_no_results(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loud = SimpleNamespace(init=lambda **_: print("WARNING: the store is slow"), shutdown=lambda: print("bye"))
+    def say(text: str) -> Any:
+        return lambda **_: sys.stdout.write(f"{text}\n")
+
+    loud = SimpleNamespace(init=say("WARNING: the store is slow"), shutdown=say("bye"))
     monkeypatch.setitem(sys.modules, "ray", loud)
     with connected("local:3") as (_, workers):
         assert workers == 3
