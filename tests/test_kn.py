@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import toy
+from easyeditor.cli import application, neuron_map
 from easyeditor.core.likelihood import answer_logits, answers
 from easyeditor.core.neurons import attribution, coarse, refined
 from easyeditor.editors.perform import make_edit
@@ -194,3 +199,65 @@ def test_a_head_without_embeddings_of_the_streams_width(monkeypatch: pytest.Monk
     monkeypatch.setattr(LM, "head", nn.Linear(3, 5))
     with pytest.raises(NotEditable, match=r"output embeddings.*width 64.*FT"):
         edit_of(lm, steps=2)
+
+
+# The command
+
+
+def run(*args: object, code: int = 0) -> str:
+    result = CliRunner().invoke(application(), ["trace", *map(str, args)])
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+FACT = ("--neurons", "--prompt", "The capital of New Zealand is", "--steps", "4")
+
+
+def test_trace_draws_neurons_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    picture = tmp_path / "neurons.png"
+    document = json.loads(run(*FACT, "--out", picture, "--json"))
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert sorted(tmp_path.iterdir()) == [picture]
+    assert document["answer"].startswith("Wellington")
+    assert [layer["index"] for layer in document["layers"]] == list(range(10))
+    text = run(*FACT)
+    assert text.isascii() and max(map(len, text.splitlines())) <= 100
+    rows = [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()][:10]
+    for row, layer in zip(rows, document["layers"], strict=True):
+        assert float(row[1]) == pytest.approx(layer["total"], abs=6e-4)
+        assert str(layer["strongest"][0][0]) in row
+    count = sum(layer["count"] for layer in document["layers"])
+    assert f"{count} neurons above 20% of the largest attribution" in text
+    assert count > 0
+
+
+def test_a_terminal_gets_a_coloured_bar() -> None:
+    layers = [neuron_map.Layer(0, 0.5, 2, [(7, 0.4)]), neuron_map.Layer(1, -0.1, 0, [(3, 0.0)])]
+    console = Console(force_terminal=True, color_system="truecolor", width=100)
+    with console.capture() as seen:
+        neuron_map.draw(console, layers)
+    assert "38;2;8;81;156" in seen.get()
+    assert list(neuron_map.summary(layers[1:], 0.2)) == ["0 neurons above 20% of the largest attribution: none."]
+
+
+def test_the_picture_takes_any_prompt(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    layers = [neuron_map.Layer(0, 0.5, 2, [(7, 0.4), (1, 0.1)]), neuron_map.Layer(1, -0.1, 0, [(3, 0.0)])]
+    neuron_map.save(layers, tmp_path / "odd.png", "a $x$ b_{ 東")
+    assert (tmp_path / "odd.png").stat().st_size > 1000
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--prompt", "The capital of France is"), "needs --subject"),
+        (("--neurons", "--prompt", " "), "The prompt is empty"),
+        (("--neurons", "--prompt", "The capital of France is", "--target", " "), "no answer to the prompt"),
+        ((*FACT, "--out", "map.jpg"), "ends in .png"),
+        ((*FACT, "--model", "no/such"), "no/such"),
+    ],
+)
+def test_what_the_command_refuses(args: tuple[str, ...], said: str) -> None:
+    assert said in " ".join(run(*args, code=2).split())
