@@ -43,6 +43,8 @@ EXISTING = {
     "LoRA_uns": "qwen2.5-7b",
     "UnKE": "llama3-8b qwen2.5-7b",
     "AnyEdit": "qwen2.5-7b",
+    "DINM": "gpt2-xl llama-7b mistral-7b",
+    "CrispEdit": "",
     "KN": "baichuan-7b chatglm2-6b gpt-j-6B gpt2-xl internlm-7b llama-7b llama3-8b llama3.2-3b mistral-7b qwen-7b "
     "qwen2-7b qwen2.5-7b t5-3B",
     "UltraEdit": "gemma-3-27b gpt-j-6B llama3-8b-instruct mistral-7b phi-4 qwen2.5-7b",
@@ -182,6 +184,27 @@ FIELDS: dict[str, Fields] = {
     "ICE": {"k": (int,), "use_icl_examples": (bool,)},
     "UnKE": UNKE,
     "AnyEdit": {**UNKE, "window_size": (int,), "overlap": (int,)},
+    "DINM": {
+        "layers": (list,),
+        "num_steps": (int,),
+        "lr": (float,),
+        "weight_decay": (float,),
+        "kl_factor": (float,),
+        "norm_constraint": (float, bool),
+        "suffix_system_prompt": (str,),
+    },
+    "CrispEdit": {
+        "layers": (list,),
+        "num_steps": (int,),
+        "lr": (float,),
+        "weight_decay": (float,),
+        "objective_optimization": (str,),
+        "mini_batch": (int,),
+        "energy_threshold": (float,),
+        "mom2_dataset": (str,),
+        "mom2_n_samples": (int,),
+        "mom2_dtype": (str,),
+    },
     "KN": {
         "lr_scale": (float,),
         "n_toks": (int,),
@@ -196,14 +219,25 @@ FIELDS: dict[str, Fields] = {
 TABLES = tuple(FIELDS)
 BY_DEPTH: dict[str, set[str]] = {
     **{name: {"layers", "v_loss_layer"} for name in TABLES if "v_loss_layer" in FIELDS[name]},
-    **{name: {"layers"} for name in ("FT", "FT_uns", "LocFT-BF")},
+    **{name: {"layers"} for name in ("FT", "FT_uns", "LocFT-BF", "CrispEdit")},
     **{name: set() for name in ("LoRA", "LoRA_uns", "QLoRA", "DPO")},
     **{name: {"inner_params"} for name in ("GRACE", "UltraEdit", "StableEdit")},
+    "DINM": set(),
     "ICE": set(),
     "KN": set(),
     "SimIE": set(),
 }
-BANDS = {"MEMIT", "MEMIT-FE", "PMET", "AlphaEdit", "SPHERE", "CORE", "NAMET", "EAMET"}  # several blocks by depth
+BANDS = {
+    "MEMIT",
+    "MEMIT-FE",
+    "PMET",
+    "AlphaEdit",
+    "SPHERE",
+    "CORE",
+    "NAMET",
+    "EAMET",
+    "CrispEdit",
+}  # several blocks by depth
 
 
 TWINS = ({"qwen2.5-7b", "qwen2-7b"}, {"llama3-8b", "llama3-8b-instruct"})  # one shape, and rows that agree
