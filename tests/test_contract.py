@@ -48,6 +48,7 @@ OF_FAMILY = {
     ("GRACE", "toy-gemma2"): {"n_iter": 100, "inner_params": ["model.layers.1.mlp.down_proj.weight"]},
     ("AlphaEdit", "toy-falcon"): {"layers": [1]},
     ("KN", "toy-gemma2"): {"lr_scale": 3.0},
+    ("KN", "toy-t5"): {"lr_scale": 0.2},
     ("KN", "toy-falcon"): {"adaptive_threshold": 0.1, "lr_scale": 0.3},
     ("UltraEdit", "toy-llama"): {"lr": 4e-2},
     ("UltraEdit", "toy-gemma2"): {"lr": 3e-2, "inner_params": [f"model.layers.{i}.self_attn.o_proj" for i in (2, 3)]},
