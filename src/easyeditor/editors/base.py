@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from easyeditor.editors.arguments import Texts, requests_from_lists
-from easyeditor.editors.options import Wanted, check_known, earlier_measurements, unknown
+from easyeditor.editors.options import Wanted, check_known, earlier_measurements, opinions_of, unknown
 from easyeditor.editors.perform import apply_function, checked, make_edit, prepared, put_on, spec_of
 from easyeditor.editors.progress import tracked
 from easyeditor.editors.records import record_of, texts_only, write_json
@@ -144,7 +144,8 @@ class BaseEditor:
             **kwargs: ``subject`` and ``loc_prompts`` (lists), ``test_generation`` (also score fluency), ``eval_metric``
                 (``token em``, ``ppl``, ``ood_ppl``), ``requests``
                 (built beforehand, instead of the lists), ``pre_edit`` (measurements made before), ``pre_file`` (where
-                to write them), ``keep_original_weight=True`` (the same as ``sequential_edit=False``).
+                to write them), ``metric_kwargs`` (opinions, see `easyeditor.metrics.opinions`: adds ``es``, ``dd`` and
+                ``fluency`` to each record), ``keep_original_weight=True`` (the same as ``sequential_edit=False``).
 
         Returns:
             One record per request (``pre``, ``post``, ``case_id``, ``requested_rewrite``, ``time``; sequential runs add
@@ -188,11 +189,12 @@ class BaseEditor:
         pre = earlier_measurements(kwargs, sequential_edit, len(found))
         edits: list[Edit] = []
         stream = self.stream(found, sequential_edit, test_generation, pre=pre, edits=edits)
+        self._wanted.opinions = opinions_of(kwargs.get("metric_kwargs"), len(found))
         self._wanted.eval_metric = kwargs.get("eval_metric")
         try:
             records = list(tracked(stream, len(found), self.alg_name))
         finally:
-            self._wanted.eval_metric = None
+            self._wanted.eval_metric = self._wanted.opinions = None
         if kwargs.get("pre_file"):
             write_json(Path(kwargs["pre_file"]), [{"pre": record["pre"]} for record in records])
         for record in records if verbose else ():
@@ -484,7 +486,8 @@ class BaseEditor:
                 after = self._measure(part, test_generation)
                 for i, scores in zip(chunk, after, strict=True):
                     compare_locality(self.lm, before[i], scores)
-                    records.append(record_of(i, requests[i], before[i], scores, seconds, outcome))
+                    record = record_of(i, requests[i], before[i], scores, seconds, outcome)
+                    records.append(record | self._wanted.turned(self.lm, i))
             finally:
                 if isinstance(outcome, Edit) and not sequential:
                     if len(chunks) > 1:

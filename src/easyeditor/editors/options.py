@@ -11,7 +11,10 @@ from typing import Any
 
 from easyeditor.errors import UnknownArgument, UsageError, did_you_mean
 from easyeditor.hparams import HyperParams
+from easyeditor.lm.model import LM
+from easyeditor.metrics.extra import fluency_of
 from easyeditor.metrics.judge import Judge
+from easyeditor.metrics.opinions import Opinions, opinion_scores
 from easyeditor.metrics.scores import Scores
 
 OPTIONS = MappingProxyType(
@@ -56,10 +59,6 @@ def earlier_measurements(kwargs: Mapping[str, Any], sequential: bool, count: int
         raise UsageError("keep_original_weight=True and sequential_edit=True contradict each other. Pass one of them.")
     if kwargs.get("train_ds") is not None:
         raise UsageError("train_ds holds demonstrations for IKE, and this method uses none. Leave it out.")
-    if kwargs.get("metric_kwargs") is not None:
-        raise UsageError(
-            "metric_kwargs belongs to the ConvSent scores, which this version does not have. Leave it out."
-        )
     Scores(eval_metric=kwargs.get("eval_metric"))  # refuses an unknown one
     if kwargs.get("pre_file"):
         _check_writable(Path(kwargs["pre_file"]))
@@ -73,6 +72,19 @@ def earlier_measurements(kwargs: Mapping[str, Any], sequential: bool, count: int
     return pre
 
 
+def opinions_of(metric_kwargs: Sequence[Mapping[str, Any]] | None, count: int) -> list[Opinions] | None:
+    """What existing scripts pass as ``metric_kwargs``, checked; see `Opinions.from_dict`.
+
+    Raises:
+        UsageError: It is not one entry per request, or an entry lacks something.
+    """
+    if metric_kwargs is None:
+        return None
+    if len(metric_kwargs) != count:
+        raise UsageError(f"'metric_kwargs' has {len(metric_kwargs)} entries for {count} requests. Give one to each.")
+    return [Opinions.from_dict(raw, f"metric_kwargs[{i}]") for i, raw in enumerate(metric_kwargs)]
+
+
 class Wanted:
     """Which scores an editor computes: those it was told, and those that its settings and a call ask for.
 
@@ -83,6 +95,7 @@ class Wanted:
     def __init__(self, hparams: HyperParams) -> None:
         self.hparams = hparams
         self.eval_metric: str | None = None
+        self.opinions: list[Opinions] | None = None
         self._judge: Judge | None = None
 
     def scores(self, told: Scores) -> Scores:
@@ -101,6 +114,18 @@ class Wanted:
             told = replace(told, judge=self._judge)
         metric = self.eval_metric or told.eval_metric
         return replace(told, evaluation_type=kind or told.evaluation_type, eval_metric=metric)
+
+    def turned(self, lm: LM, place: int) -> dict[str, Any]:
+        """What ``metric_kwargs`` adds to a record: ``es``, ``dd`` and ``fluency``; nothing without it.
+
+        Args:
+            lm: The model with the edit of the request.
+            place: Which request.
+        """
+        if self.opinions is None:
+            return {}
+        asked = self.opinions[place]
+        return {**opinion_scores(lm, asked), "fluency": fluency_of(lm, asked.questions, self.hparams.seed)}
 
 
 def judge_of(api_key: str) -> Judge:

@@ -48,6 +48,11 @@ def fluency(lm: LM, requests: Sequence[EditRequest], out: Found, batch_size: int
         }
 
 
+def fluency_of(lm: LM, prompts: Sequence[str], seed: int, tokens: int = FLUENCY_TOKENS) -> dict[str, float | None]:
+    """``ngram_entropy`` of sampled continuations of prompts; see `drawn`."""
+    return {"ngram_entropy": ngram_entropy(drawn(lm, [lm.rewrite(prompt) for prompt in prompts], tokens, seed))}
+
+
 def drawn(lm: LM, prompts: Sequence[str], max_new_tokens: int, seed: int, batch_size: int = 16) -> list[str]:
     """Random continuations, in batches, each as if it were drawn alone with the same seed.
 

@@ -39,30 +39,38 @@ def rouge(said: str, target: str) -> dict[str, float | None]:
     Raises:
         MissingExtra: rouge-score is not installed.
     """
+    found = _rouge(said, target)
+    out = {name: None if score is None else float(score.fmeasure) for name, score in found.items()}
+    return {**out, "rougeL_recall": None if found["rougeL"] is None else float(found["rougeL"].recall)}
+
+
+def rouge_recall(said: str, target: str) -> dict[str, float | None]:
+    """The recall of ``rouge1``, ``rouge2`` and ``rougeL``; see `rouge`."""
+    return {name: None if score is None else float(score.recall) for name, score in _rouge(said, target).items()}
+
+
+def _rouge(said: str, target: str) -> dict[str, Any]:
     scorer = _package("rouge_score.rouge_scorer", "rouge-score", "ROUGE")
-    names = ["rouge1", "rouge2", "rougeL"]
-    found = scorer.RougeScorer(names, tokenizer=_Words()).score(target, said)
+    needs = {"rouge1": 1, "rouge2": 2, "rougeL": 1}
+    found = scorer.RougeScorer(list(needs), tokenizer=_Words()).score(target, said)
     words = len(_Words().tokenize(target))
-    out: dict[str, float | None] = {
-        name: float(found[name].fmeasure) if words >= need else None
-        for name, need in zip(names, (1, 2, 1), strict=True)
-    }
-    return {**out, "rougeL_recall": float(found["rougeL"].recall) if words else None}
+    return {name: found[name] if words >= need else None for name, need in needs.items()}
 
 
-def bleu(said: str, target: str) -> float | None:
+def bleu(said: str, target: str, tokens: str | None = None) -> float | None:
     """Sentence BLEU of an answer, 0 to 1, with exponential smoothing; None for a target without a word.
 
     Args:
         said: What the model said.
         target: What it should say.
+        tokens: A tokenizer of sacrebleu, such as ``char``; None: ``13a``, or ``zh`` for a Chinese target.
 
     Raises:
         MissingExtra: sacrebleu is not installed.
     """
     if not WORD.search(target):
         return None
-    tokens = "zh" if CJK.search(target) else "13a"
+    tokens = tokens or ("zh" if CJK.search(target) else "13a")
     return float(_package("sacrebleu", "sacrebleu", "BLEU").sentence_bleu(said, [target], tokenize=tokens).score) / 100
 
 

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from easyeditor.lm.model import LM
 
 Way = Literal[
-    "teacher_forced", "generated", "agreement", "generated_agreement", "probability", "sampled", "divergence",
-    "negated", "judged", "not_judged", "text_only", "long_text", "perplexity", "prompt_tokens"
+    "teacher_forced", "generated", "generated_tokens", "agreement", "generated_agreement", "probability", "sampled",
+    "divergence", "negated", "judged", "not_judged", "text_only", "long_text", "perplexity", "prompt_tokens"
 ]  # fmt: skip
 
 
@@ -28,6 +28,7 @@ def protocol(lm: LM, way: Way, result_key: str, by: str = "") -> dict[str, Any]:
     name, scorer = {
         "teacher_forced": (forced, "token_accuracy"),
         "generated": ("free_generation", "exact_match"),
+        "generated_tokens": ("free_generation", "macro_token_f1"),
         "agreement": ("pre_post_argmax_token_match", "token_agreement"),
         "generated_agreement": ("pre_post_free_generation_output_match", "text_agreement"),
         "probability": (forced, "probability_comparison"),

@@ -22,7 +22,7 @@ from easyeditor.metrics.old_scores import as_existing_scripts
 from easyeditor.metrics.protocol import protocol
 from easyeditor.metrics.robustness import questions
 from easyeditor.metrics.scores import Scores
-from easyeditor.metrics.text import exact_match, same_text
+from easyeditor.metrics.text import exact_match, same_text, token_f1
 from easyeditor.requests import EditRequest, Probe
 
 log = logging.getLogger(__name__)
@@ -162,6 +162,8 @@ def _one(lm: LM, request: EditRequest, said: Mapping[str, str], pairs: Pairs) ->
         scores[f"{name}_acc"] = [pairs[prompt, request.target_new].accuracy for prompt in prompts]
         scores[f"{name}_gen"] = [exact_match(said[prompt], [request.target_new]) for prompt in prompts]
         scores[f"{name}_gen_content"] = [said[prompt] for prompt in prompts]
+        scores[f"{name}_F1"] = [answer_f1(lm, prompt, said[prompt], request.target_new) for prompt in prompts]
+        meta[f"{name}_F1"] = protocol(lm, "generated_tokens", f"{name}_F1")
         meta[name] = protocol(lm, "teacher_forced", f"{name}_acc")
         meta[f"{name}_gen"] = protocol(lm, "generated", f"{name}_gen")
     scores["locality"] = _locality(request, said, pairs)
@@ -213,6 +215,14 @@ def _probability(request: EditRequest, pairs: Pairs) -> dict[str, list[float | N
 
 def _likelier(pairs: Pairs, prompt: str, a: str, b: str) -> float:
     return float(pairs[prompt, a].log_prob > pairs[prompt, b].log_prob)
+
+
+def answer_f1(lm: LM, prompt: str, said: str, target: str) -> float | None:
+    """Macro F1 of the tokens that an answer has behind its prompt, against those of the target; see `token_f1`."""
+    asked = "" if lm.seq2seq else lm.rewrite(prompt)  # an encoder-decoder writes its answer behind nothing
+    rows = [lm.text.encode_pair(asked, text) for text in (said, target)]
+    mine, wanted = (row.ids[first:] for row, first in rows)
+    return token_f1(mine, wanted)
 
 
 def share_equal(a: Sequence[int], b: Sequence[int]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -38,6 +38,27 @@ def exact_match(generated: str, answers: Iterable[str]) -> float | None:
     if not accepted:
         return None
     return float(any(normalise(reading) in accepted for reading in readings(generated)))
+
+
+def token_f1(said: Sequence[int], target: Sequence[int]) -> float | None:
+    """Macro F1 of tokens, place by place, as EasyEdit gives it for GRACE: the mean of F1 over the tokens that occur.
+
+    Args:
+        said: The tokens of an answer; cut where the target ends, and wrong where it is shorter.
+        target: Those of the target.
+
+    Returns:
+        Between 0 and 1; None without a target.
+    """
+    if not target:
+        return None
+    given = [*said[: len(target)], *[None] * (len(target) - len(said))]
+    pairs = list(zip(given, target, strict=True))
+    each = []
+    for kind in {*given, *target}:
+        hits = sum(a == b == kind for a, b in pairs)
+        each.append(2 * hits / sum((a == kind) + (b == kind) for a, b in pairs))
+    return sum(each) / len(each)
 
 
 def same_text(a: str, b: str) -> float:

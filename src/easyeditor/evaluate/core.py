@@ -1,16 +1,12 @@
-"""The scoring functions of EasyEdit by name, for scripts that call them without an editor.
-
-Arguments and keys are those of existing scripts; what is measured is what `easyeditor.metrics` measures. ``model_name``
-and ``device`` are taken and not needed: a model says itself what it is and where.
-"""
+"""The scoring functions that are for every kind of edit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from easyeditor.editors.options import Wanted, judge_of
-from easyeditor.editors.summary import summarise, summary_metrics
 from easyeditor.hparams import HyperParams
 from easyeditor.lm.generate import answer
 from easyeditor.lm.model import LM
@@ -23,25 +19,6 @@ from easyeditor.metrics.quality import compare_locality, quality, share_equal
 from easyeditor.metrics.scores import Scores
 from easyeditor.metrics.text import exact_match, normalise
 from easyeditor.requests import EditRequest, probes_of
-
-__all__ = [
-    "OOD_PPL",
-    "PPL",
-    "compute_edit_quality",
-    "compute_icl_edit_quality",
-    "compute_locality_quality",
-    "compute_portability_quality",
-    "compute_rewrite_or_rephrase_quality",
-    "exact_match_score",
-    "finalize_locality_metrics",
-    "llm_judge",
-    "n_gram_entropy",
-    "normalize_answer",
-    "summarise",
-    "summary_metrics",
-    "test_generation_quality",
-    "test_prediction_acc",
-]
 
 Words = str | Sequence[str]
 
@@ -72,7 +49,7 @@ def compute_edit_quality(
         ``rewrite_acc``, ``rephrase_acc``, ``locality``, ``portability``, ``metric_meta`` and more; see
         `easyeditor.metrics.quality.quality`.
     """
-    lm = _wrapped(model, tok, hparams)
+    lm = wrapped(model, tok, hparams)
     request = record if isinstance(record, EditRequest) else EditRequest.from_dict(record, "The record")
     scores = Wanted(hparams).scores(Scores(eval_metric=eval_metric)) if hparams else Scores(eval_metric=eval_metric)
     length = hparams.max_new_tokens if hparams else 24
@@ -105,13 +82,10 @@ def compute_icl_edit_quality(
     request = record if isinstance(record, EditRequest) else EditRequest.from_dict(record, "The record")
     fact = "" if pre_edit else f"New Fact: {request.prompt} {request.target_new}\nPrompt: "
     lead = "".join(icl_examples) + fact
-    lm = _wrapped(model, tok, hparams)
+    lm = wrapped(model, tok, hparams)
     before = compute_edit_quality(model, model_name, hparams, tok, request)
-    lm.rewriters.append(lambda prompt: lead + prompt)
-    try:
+    with behind(lm, lead):
         after = compute_edit_quality(model, model_name, hparams, tok, request)
-    finally:
-        lm.rewriters.pop()
     compare_locality(lm, before, after)
     return after
 
@@ -129,7 +103,7 @@ def compute_rewrite_or_rephrase_quality(
 ) -> dict[str, Any]:
     """The scores of prompts with their new answers: ``rewrite_acc`` or ``rephrase_acc``, and what goes with it."""
     name = "rephrase" if test_rephrase else "rewrite"
-    prompts, targets = _columns(prompt, target_new)
+    prompts, targets = columns(prompt, target_new)
     each = [
         compute_edit_quality(model, model_name, hparams, tok, EditRequest(p, t), device, eval_metric)
         for p, t in zip(prompts, targets, strict=True)
@@ -203,8 +177,8 @@ def test_prediction_acc(
     vanilla_generation: bool = False,
 ) -> list[Any]:
     """Token accuracy with the answer given; with ``locality`` the tokens; with ``vanilla_generation`` exact match."""
-    lm = _wrapped(model, tok, hparams)
-    listed, wanted = _columns(prompts, targets)
+    lm = wrapped(model, tok, hparams)
+    listed, wanted = columns(prompts, targets)
     if vanilla_generation:
         said = answer(lm, listed, hparams.max_new_tokens if hparams else 24)
         return [exact_match(text, [target]) for text, target in zip(said, wanted, strict=True)]
@@ -218,7 +192,7 @@ def test_generation_quality(
 ) -> dict[str, float | None]:
     """Fluency of sampled continuations: ``{"ngram_entropy": float}``."""
     listed = [prefixes] if isinstance(prefixes, str) else list(prefixes)
-    return {"ngram_entropy": ngram_entropy(drawn(_wrapped(model, tok, None), listed, max_out_len, 0))}
+    return {"ngram_entropy": ngram_entropy(drawn(wrapped(model, tok, None), listed, max_out_len, 0))}
 
 
 def n_gram_entropy(gen_texts: Words, agg: str = "arith") -> float | None:
@@ -228,14 +202,14 @@ def n_gram_entropy(gen_texts: Words, agg: str = "arith") -> float | None:
 
 def PPL(model: Any, tok: Any, prompt: Words, target_new: Words, device: Any = None) -> float | None:
     """The perplexity of answers after prompts, over all their tokens; never clipped."""
-    pairs = list(zip(*_columns(prompt, target_new), strict=True))
-    found = read(_wrapped(model, tok, None), pairs)
+    pairs = list(zip(*columns(prompt, target_new), strict=True))
+    found = read(wrapped(model, tok, None), pairs)
     return perplexity_of([found[pair] for pair in pairs])
 
 
 def OOD_PPL(model: Any, tok: Any, prompt: Words, target_new: Any = None, device: Any = None) -> float | None:
     """The share of prompt tokens that the model gives more than 0.8."""
-    return known_share(_wrapped(model, tok, None), [prompt] if isinstance(prompt, str) else list(prompt))
+    return known_share(wrapped(model, tok, None), [prompt] if isinstance(prompt, str) else list(prompt))
 
 
 def llm_judge(
@@ -276,13 +250,25 @@ def _group(
     return dict(compute_edit_quality(model, "", hparams, tok, request)[group])
 
 
-def _wrapped(model: Any, tok: Any, hparams: HyperParams | None) -> LM:
+@contextmanager
+def behind(lm: LM, lead: str) -> Iterator[None]:
+    """A context in which a text stands in front of every prompt."""
+    lm.rewriters.append(lambda prompt: lead + prompt)
+    try:
+        yield
+    finally:
+        lm.rewriters.pop()
+
+
+def wrapped(model: Any, tok: Any, hparams: HyperParams | None) -> LM:
+    """A loaded model, to be asked."""
     lm = LM.wrap(model, tok, editable=False)
     lm.text.chat = bool(hparams and hparams.use_chat_template)
     return lm
 
 
-def _columns(prompts: Words, targets: Words) -> tuple[list[str], list[str]]:
+def columns(prompts: Words, targets: Words) -> tuple[list[str], list[str]]:
+    """Texts as lists; a single target serves all prompts."""
     listed = [prompts] if isinstance(prompts, str) else list(prompts)
     wanted = [targets] if isinstance(targets, str) else list(targets)
     return listed, wanted * len(listed) if len(wanted) == 1 else wanted
