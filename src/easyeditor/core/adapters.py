@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from easyeditor.core.learn import SOLVED, Minibatch, train
+from easyeditor.core.learn import SOLVED, Minibatch, refuse_quantised, train
 from easyeditor.core.reading import refuse_ruin
 from easyeditor.edits.delta import LowRank
 from easyeditor.edits.edit import WeightEdit
@@ -126,8 +126,10 @@ def low_rank_edit(
         stop_below: See `AdapterTraining`.
 
     Raises:
+        UsageError: The base is quantised.
         EditFailed: The trained model would read ordinary text worse than by guessing.
     """
+    refuse_quantised(lm, sites)
     training = AdapterTraining(
         hparams.lora_type,
         hparams.rank,
@@ -238,7 +240,7 @@ def adapted(lm: LM, sites: Sequence[Site], training: AdapterTraining, steps: int
     had = vars(model).get("peft_config")
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws values of its own
-            warnings.filterwarnings("ignore", module="peft")
+            warnings.simplefilter("ignore")
             if training.kind == "adalora":
                 first = max(round(HEADROOM * training.rank), training.rank)
                 budget = {"init_r": first, "target_r": training.rank, "total_step": steps}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from easyeditor.core.learn import minibatches, train
+from easyeditor.core.learn import minibatches, refuse_quantised, train
 from easyeditor.core.reading import refuse_ruin
 from easyeditor.edits.delta import Dense
 from easyeditor.edits.edit import WeightEdit
@@ -44,11 +44,13 @@ def fine_tuned(
         One `Dense` change in fp32 per projection; the notes hold the mean loss of each epoch.
 
     Raises:
+        UsageError: The base is quantised.
         NonFinite: The loss is not a finite number.
         EditFailed: The trained model would read ordinary text worse than by guessing.
     """
     layers = sorted(hparams.layers)
     sites = [site for i in layers for site in projections(lm, i)] if whole_blocks else [lm.mlp_out(i) for i in layers]
+    refuse_quantised(lm, sites)
     deltas = [torch.zeros(site.d_out, site.d_in, device=site.weight.device) for site in sites]
     options = {"at_prompt_end": hparams.objective_optimization == "prompt_last", "with_end": with_end}
     bound = float(hparams.norm_constraint)

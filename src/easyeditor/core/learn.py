@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from easyeditor.core.likelihood import answers, mean_per_row, token_log_probs
-from easyeditor.errors import NonFinite
+from easyeditor.errors import NonFinite, UsageError
 from easyeditor.lm.clock import spent
 from easyeditor.lm.hooks import stop_after
 from easyeditor.lm.model import LM
 from easyeditor.lm.resume import Cut, cut_at, resumed
+from easyeditor.lm.structure import Site
 from easyeditor.requests import EditRequest
 
 SOLVED = 1e-2  # a loss below which a batch is learnt
@@ -219,6 +220,20 @@ def train(
         final_update=True,
     )
     return seen.means
+
+
+def refuse_quantised(lm: LM, sites: Sequence[Site]) -> None:
+    """Refuse to train a change of weights that nothing can be added to.
+
+    Raises:
+        UsageError: A weight is held in a few bits.
+    """
+    for site in sites:
+        if not site.weight.is_floating_point():
+            raise UsageError(
+                f"'{site.weight_name}' of {lm.name} is quantised ({site.weight.dtype}), and no change can be added to "
+                "it. Use QLoRA, or load the full-precision checkpoint."
+            )
 
 
 class _Epochs:

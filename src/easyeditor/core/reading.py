@@ -1,27 +1,30 @@
-"""Whether an edit leaves a model that still reads: the alarm of training that went too far."""
+"""Whether a model still speaks as it did: the alarm of training that went too far."""
 
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import torch
 
 from easyeditor.core.corpus import read_corpus
 from easyeditor.core.likelihood import answers, token_log_probs
-from easyeditor.edits.delta import LowRank, dense
-from easyeditor.edits.edit import Edit, WeightEdit
+from easyeditor.edits.delta import Delta, LowRank, dense, from_tensors
+from easyeditor.edits.edit import Edit, ModuleEdit, WeightEdit
 from easyeditor.edits.ledger import Ledger, applied
 from easyeditor.errors import EditFailed
+from easyeditor.lm.generate import answer
 from easyeditor.lm.model import LM
 
-LETTERS, WORDS = 300, 3  # of the text that is read, and how many of its words are given
-WORSE = math.log(10)  # how much worse than the model before, and than guessing, in nats per token
+TEXTS, WORDS, TOKENS = 4, 4, 16  # beginnings of bundled texts, and how long the model goes on from each
+NEAR = 0.9  # of the nats per token of guessing: no likelier than that is ruin
 
 
 def refuse_ruin(lm: LM, edit: Edit, lr: float) -> None:
-    """Refuse an edit after which the model reads ordinary text worse than by guessing.
+    """Refuse an edit after which the model finds what it said before hardly likelier than by guessing.
 
-    Only a change that is larger than a weight itself is tried out; a smaller one does not do that.
+    What it says of other things is what it goes on with, before, from the beginnings of a few bundled texts. Only a
+    change that is larger than a weight itself, or stands beside a quantised one, is tried out.
 
     Args:
         lm: The model, without the edit.
@@ -31,34 +34,46 @@ def refuse_ruin(lm: LM, edit: Edit, lr: float) -> None:
     Raises:
         EditFailed: The model would be ruined.
     """
-    if isinstance(edit, WeightEdit) and all(_share(lm, edit, name) < 1 for name in edit.deltas):
+    if all(_share(lm, name, delta) < 1 for name, delta in _changes(edit).items()):
         return
-    before = unlikeliness(lm)
+    said = speech(lm)
+    before = unlikeliness(lm, said)
     with applied(lm, edit):
-        after = unlikeliness(lm)
-    bound = max(before, math.log(lm.vocab)) + WORSE
-    if not after < bound:  # also where it is no number
+        after = unlikeliness(lm, said)
+    if not after < max(NEAR * math.log(lm.vocab), before):  # also where it is no number
         raise EditFailed(
-            f"Trained with a learning rate 'lr' of {lr:g}, the model would read ordinary text with a perplexity of "
-            f"e^{after:.1f} instead of e^{before:.1f}, worse than by guessing; it is as it was. Lower 'lr' or the "
+            f"Trained with a learning rate 'lr' of {lr:g}, the model would be ruined: what it says of other things "
+            f"would have a perplexity of e^{after:.1f} instead of e^{before:.1f}. It is as it was. Lower 'lr' or the "
             "number of steps."
         )
 
 
+def speech(lm: LM) -> list[tuple[str, str]]:
+    """Beginnings of bundled texts, and how the model goes on from them."""
+    begun = [" ".join(text.split()[:WORDS]) for text in islice(read_corpus("texts"), TEXTS)]
+    return [(lm.rewrite(text), said) for text, said in zip(begun, answer(lm, begun, TOKENS), strict=True)]
+
+
 @torch.no_grad()
-def unlikeliness(lm: LM) -> float:
-    """The mean of -log p over the tokens of a bundled text."""
-    words = next(iter(read_corpus("texts")))[:LETTERS].split()
-    batch = answers(lm, [(" ".join(words[:WORDS]), " ".join(words[WORDS:]))])
-    return -float(token_log_probs(lm, batch).mean())
+def unlikeliness(lm: LM, said: list[tuple[str, str]]) -> float:
+    """The mean of -log p over the tokens of what was said, ends included."""
+    return -float(token_log_probs(lm, answers(lm, said, with_end=bool(lm.text.eos_ids))).mean())
 
 
-def _share(lm: LM, edit: WeightEdit, name: str) -> float:
-    """|D| / |W0| of one weight."""
-    delta, base = edit.deltas[name], Ledger.of(lm).base(name)
+def _changes(edit: Edit) -> dict[str, Delta]:
+    """What is added to each weight, or stands beside it."""
+    if isinstance(edit, WeightEdit):
+        return dict(edit.deltas)
+    assert isinstance(edit, ModuleEdit)
+    return {f"{name}.weight": from_tensors(wrapper.tensors()) for name, wrapper in edit.wrappers.items()}
+
+
+def _share(lm: LM, name: str, delta: Delta) -> float:
+    """|D| / |W0| of one weight; without bound where the weight is quantised."""
+    base = Ledger.of(lm).base(name)
     if isinstance(delta, LowRank):
         square = float(((delta.left.T @ delta.left) * (delta.right.T @ delta.right)).sum())
     else:
         square = float(dense(delta).square().sum())
-    size = float(base.float().norm())
+    size = float(base.float().norm()) if base.is_floating_point() else 0.0
     return max(square, 0.0) ** 0.5 / size if size else math.inf
