@@ -109,6 +109,7 @@ def written(
         overlap: How many of them the next window has as well.
     """
     (layer,) = hparams.layers
+    lm.mlp_out(layer)  # a block that is not there is refused by name
     pairs = [(lm.text.render(request.prompt), request.target_new) for request in requests]
     settings = VectorSettings(
         hparams.v_num_grad_steps, hparams.v_lr, hparams.v_weight_decay, hparams.clamp_norm_factor, window, overlap
