@@ -61,7 +61,8 @@ def run_of(name: str, schedule: str = "single", stays: bool = False, **protocol:
         for end in (5, 10)
         for i in range(end)
     ]
-    about = [{"kind": "row", "preparation": 2.0, "latency": {"with": 0.003, "without": 0.001}}]
+    read = {"before": {"median": 3.0}, "after": {"median": 4.0}, "alarm": None}
+    about = [{"kind": "row", "preparation": 2.0, "latency": {"with": 0.003, "without": 0.001}, "perplexity": read}]
     method = RowResult(Row("ROME", "ROME"), 10, cases, again if stays else [], about, stays)
     prompt = RowResult(Row("ICE", "ICE", "", True), 12, cases[:2], [], [], stays)
     control = RowResult(Row("unedited", None, "unedited"), 10, cases, [], [], stays)
@@ -116,6 +117,7 @@ def test_the_tables() -> None:
     assert rows["ROME"]["remarks"] == "1 failed"
     assert rows["ICE *"]["remarks"] == "answer in the context; unfinished: 2 of 12"
     assert rows["unedited"]["s per fact"] is None
+    assert [rows[name]["perplexity"] for name in ("unedited", "ROME", "ICE *")] == ["3.000", "4.000", None]
     assert "row" not in sheet.numbers
     assert retention_sheet([run_of("x")]) is None
     assert cost_sheet([run_of("x")]).rows[1][0] == "ROME"
@@ -182,6 +184,9 @@ def test_plots() -> None:
     drawn = ElementTree.fromstring(scatter(dots, "x", "y", "z"))
     heights = sorted(float(t.get("y", 0)) for t in drawn.iter("text") if (t.text or "").startswith("row"))
     assert all(b - a >= 14.9 for a, b in pairwise(heights))  # no label stands on another
+    drawn = ElementTree.fromstring(scatter([Dot("a name of thirty-three characters", 0, 1.0, 1.0)], "x", "y", "z"))
+    (label,) = [t for t in drawn.iter("text") if (t.text or "").startswith("a name")]
+    assert float(label.get("x", 0)) + 6 * 33 < 640  # it is not cut off
     assert "a &lt; b" in lines([Track("a < b", 0, [(10, 0.5)])], "x", "y")
     assert ElementTree.fromstring(bars([Bar("a", [("keys", 0.0)])], "s")) is not None
     assert "ring: first" in pairs([Pair("a", 0, 0.1, 0.9)], "first", "last")

@@ -34,14 +34,16 @@ STYLE = """
 body { margin: 2rem auto; max-width: 76rem; padding: 0 1.2rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem; }
-p.note { color: var(--soft); margin: .2rem 0; max-width: 60rem; }
+p.note { color: var(--soft); margin: .5rem 0; max-width: 60rem; }
 p.fault { color: var(--bad); font-weight: 700; font-size: 1.1rem; }
 div.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
 th.number, td.number { text-align: right; } th { color: var(--soft); font-weight: 600; }
-td.remarks { white-space: normal; color: var(--soft); max-width: 26rem; } tr.control td { color: var(--soft); }
-figure { margin: 0; } figcaption { color: var(--soft); }
-div.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 2rem; }
+td.remarks { white-space: normal; color: var(--soft); min-width: 11rem; max-width: 26rem; }
+tr.control td { color: var(--soft); }
+figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .6rem; }
+div.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 2rem 3rem; }
 svg { width: 100%; height: auto; font-size: 12px; } svg text { fill: var(--ink); }
 .grid { stroke: var(--rule); } .leader { stroke: var(--rule); stroke-dasharray: 2 3; }
 .track { fill: none; stroke-width: 2; } .ring, .hollow { fill: var(--paper); stroke-width: 2; } .hollow { fill: none; }
@@ -120,7 +122,7 @@ def _plots(runs: Sequence[Results]) -> list[str]:
         used = [Bar(n, [("memory", c[f"memory_{where}"] / 2**20)]) for n, c in edited if f"memory_{where}" in c]
         if used:
             plots.append((bars(used, "MB"), f"{caption} of an edit"))
-    return [f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" for svg, caption in plots]
+    return [f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>" for svg, caption in plots]
 
 
 def _dot(name: str, hue: int, each: RowResult, phase: str) -> Dot | None:

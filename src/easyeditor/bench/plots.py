@@ -59,7 +59,7 @@ def scatter(dots: Sequence[Dot], x: str, y: str, below: str) -> str:
         y: What the dot's height is.
         below: What the ring's height is.
     """
-    left, right, height = 60, 150, 420
+    left, right, height = 60, _room(dot.name for dot in dots), 420
     wide, tall = WIDTH - left - right, height - TOP - BOTTOM
 
     def place(u: float, v: float) -> tuple[float, float]:
@@ -93,7 +93,7 @@ def lines(tracks: Sequence[Track], x: str, y: str) -> str:
         x: What the horizontal axis is.
         y: What the vertical axis is.
     """
-    left, right, height = 60, 150, 360
+    left, right, height = 60, _room(track.name for track in tracks), 360
     wide, tall = WIDTH - left - right, height - TOP - BOTTOM
     most = max(p for track in tracks for p, _ in track.points)
     parts = []
@@ -173,6 +173,11 @@ def pairs(rows: Sequence[Pair], first: str, last: str) -> str:
         parts.append(f'<circle cx="{a:.1f}" cy="{y}" r="6.5" class="hollow stroke{hue}"/>')
     parts.append(_text(LEFT + wide / 2, bottom + 36, f"ring: {first}; dot: {last}", "middle"))
     return _svg(bottom + 46, parts, f"{first} and {last}")
+
+
+def _room(names: Iterable[str]) -> float:
+    """How much of the width the labels at the right take."""
+    return 26 + TURN * max(map(len, names), default=0)
 
 
 def _apart(heights: Sequence[float], lowest: float) -> list[float]:

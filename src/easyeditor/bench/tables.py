@@ -66,12 +66,21 @@ def _quality(runs: Sequence[Results], phase: str, several: bool) -> Sheet:
     for run, each, means in found:
         n = str(len(each.scored(phase)))
         seconds = each.cost().get("edit") if each.row.method else None
-        read = each.perplexity or {}
-        text = read.get("after", {}).get("median")
+        text = _perplexity(run, each)
         last = (_number(text), _number(seconds), "; ".join(each.remarks) or None)
         rows.append((*labels[id(run)], _name(each), n, *(_text(means.get(name)) for name in names), *last))
     columns = (*_label_heads(runs), "row", "n", *names, "perplexity", "s per fact", "remarks")
     return Sheet(f"Quality {PHASES[phase]}" if several else "Quality", columns, rows)
+
+
+def _perplexity(run: Results, each: RowResult) -> float | None:
+    """The median over held-out texts; that of the unedited model is what the other rows began with."""
+    if each.row.control != "unedited":
+        found = (each.perplexity or {}).get("after", {})
+    else:
+        found = next((other.perplexity["before"] for other in run.rows if other.perplexity), {})
+    median: float | None = found.get("median")
+    return median
 
 
 def cost_sheet(runs: Sequence[Results]) -> Sheet:
