@@ -21,11 +21,12 @@ from easyeditor.edits.ledger import Ledger, applied
 from easyeditor.errors import UsageError
 from easyeditor.lm.model import LM
 from easyeditor.methods.ft import FTHyperParams
+from easyeditor.metrics.cknowedit import cknowedit
 from easyeditor.metrics.opinions import Opinions, turned
 from easyeditor.metrics.overlap import similarity
 from easyeditor.metrics.quality import quality
 from easyeditor.metrics.text import token_f1
-from easyeditor.requests import EditRequest
+from easyeditor.requests import EditRequest, Probe
 from families import build
 from test_metrics_more import shaken
 
@@ -228,6 +229,29 @@ def encoder(tmp_path: Path) -> str:
     parts = [Transformer(folder), Pooling(16, "mean")]
     SentenceTransformer(modules=parts, device="cpu").save(str(tmp_path / "encoder"))
     return str(tmp_path / "encoder")
+
+
+def test_the_score_of_cknowedit(encoder: str) -> None:
+    request = EditRequest(
+        "the ship",
+        "left at dawn",
+        portability={"hop": (Probe("a", ("a horse",)),)},
+        locality={"far": (Probe("b", ("b",)),)},
+    )
+    answers: dict[str, Any] = {
+        "rewrite_gen_content": ["left at dawn"],
+        "portability": {"hop_gen_content": ["a horse"]},
+        "locality": {"far_gen_content": [""]},
+        "fluency": {"ngram_entropy": 4.0},
+    }
+    record = {"requested_rewrite": request.to_dict(), "post": answers}
+    found = cknowedit([record], encoder)
+    assert found["edit"] == pytest.approx(100.0)
+    assert found["portability"] == pytest.approx(100.0)
+    assert (found["locality"], found["fluency"]) == (0.0, 4.0)
+    assert found["total"] == pytest.approx(0.2 * 100 + 0.35 * 100 + 0.35 * 0 + 0.1 * 40)
+    bare = {"requested_rewrite": EditRequest("the ship", "left").to_dict(), "post": {**answers, "fluency": {}}}
+    assert cknowedit([bare], encoder)["total"] is None, "no probes, no total"
 
 
 def test_public_names() -> None:

@@ -89,12 +89,12 @@ def similarity(said: Sequence[str], targets: Sequence[str], encoder: str) -> lis
         MissingExtra: sentence-transformers is not installed.
         UsageError: The folder holds no such model.
     """
+    pairs = list(zip(said, targets, strict=True))
     model = _encoder(encoder)
-    a, b = (model.encode(list(texts), normalize_embeddings=True) for texts in (said, targets))
-    return [
-        float((x * y).sum()) if left.strip() and right.strip() else None
-        for x, y, left, right in zip(a, b, said, targets, strict=True)
-    ]
+    whole = [pair for pair in pairs if all(text.strip() for text in pair)]
+    a, b = (model.encode([pair[i] for pair in whole], normalize_embeddings=True) for i in (0, 1)) if whole else ((), ())
+    cosines = {pair: float((x * y).sum()) for pair, x, y in zip(whole, a, b, strict=True)}
+    return [cosines.get(pair) for pair in pairs]
 
 
 @cache
