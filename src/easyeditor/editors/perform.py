@@ -103,7 +103,7 @@ def put_on(lm: LM, edit: Edit, requests: Sequence[EditRequest]) -> str:
         NonFinite: Weights or logits are no longer finite numbers.
     """
     ledger = Ledger.of(lm)
-    if edit in ledger.active:
+    if any(edit.id == there.id for there in ledger.active):
         raise EditDidNothing(f"The edit of '{requests[0].prompt}' is on {lm.name} already, the very same.")
     weights = {name: lm.model.get_parameter(name) for name in edit.deltas} if isinstance(edit, WeightEdit) else {}
     before: Mapping[str, Tensor] = {name: weight.detach().clone() for name, weight in weights.items()}
