@@ -301,10 +301,10 @@ def test_two_editors_side_by_side_do_as_two_alone() -> None:
 def test_changed_settings_count_from_the_next_call() -> None:
     one = quick()
     _, _, (slow,) = one.edit_requests([HOME])
-    one.hparams.lr = 5e-2
+    one.hparams.lr = 2e-3
     _, _, (fast,) = one.edit_requests([HOME])
-    assert fast.settings["lr"] == 5e-2
-    assert fast == quick(lr=5e-2).edit_requests([HOME])[2][0] != slow
+    assert fast.settings["lr"] == 2e-3
+    assert fast == quick(lr=2e-3).edit_requests([HOME])[2][0] != slow
 
 
 # ---- other calls
