@@ -95,9 +95,10 @@ def _plots(runs: Sequence[Results]) -> list[str]:
     dots = [dot for name, hue, each in rows if (dot := _dot(name, hue, each, phase)) is not None]
     if dots:
         plots.append((scatter(dots, "locality", "reliability", "generalisation"), f"Quality against locality, {when}"))
+    edits = [(name, hue, each) for name, hue, each in rows if each.row.method]
     tracks = [
         Track(name, hue, points)
-        for name, hue, each in rows
+        for name, hue, each in edits
         if (points := [(float(end), m["reliability"].mean) for end, m in each.retention() if "reliability" in m])
     ]
     if tracks:
@@ -105,12 +106,12 @@ def _plots(runs: Sequence[Results]) -> list[str]:
         plots.append((lines(tracks, "edits on the model", "reliability of all earlier edits"), caption))
         ends = [
             Pair(name, hue, both[0].mean, both[1].mean)
-            for name, hue, each in rows
+            for name, hue, each in edits
             if (both := each.first_and_last().get("at the end")) is not None and each.ends
         ]
         caption = f"First and last edits: reliability at the end, of the first and of the last 1/{ENDS} of the edits"
         plots.append((pairs(ends, "first edits", "last edits"), caption))
-    edited = [(name, each.cost()) for name, _, each in rows if each.row.method]
+    edited = [(name, each.cost()) for name, _, each in edits]
     timed = [
         Bar(name, [(part, cost.get(part, 0.0)) for part in (*PARTS, "other")])
         for name, cost in edited
