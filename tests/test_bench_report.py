@@ -189,6 +189,8 @@ def test_plots() -> None:
     assert float(label.get("x", 0)) + 6 * 33 < 640  # it is not cut off
     assert "a &lt; b" in lines([Track("a < b", 0, [(10, 0.5)])], "x", "y")
     assert ElementTree.fromstring(bars([Bar("a", [("keys", 0.0)])], "s")) is not None
+    legend = bars([Bar("a", [("keys", 0.0), ("apply", 1.0)]), Bar("b", [("keys", 1.0), ("apply", 1.0)])], "s")
+    assert legend.index(">keys</text>") < legend.index(">apply</text>"), "in the order of the parts"
     assert "ring: first" in pairs([Pair("a", 0, 0.1, 0.9)], "first", "last")
 
 

@@ -123,7 +123,8 @@ def bars(rows: Sequence[Bar], unit: str) -> str:
         rows: The rows.
         unit: What the sum is in.
     """
-    names = list(dict.fromkeys(name for row in rows for name, value in row.parts if value > 0))
+    known = {name for row in rows for name, value in row.parts if value > 0}
+    names = [name for name in dict.fromkeys(name for row in rows for name, _ in row.parts) if name in known]
     most = max((sum(value for _, value in row.parts) for row in rows), default=0.0) or 1.0
     several, step = len(names) > 1, 26
     wide = WIDTH - LEFT - 90
