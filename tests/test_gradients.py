@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,3 +278,18 @@ def test_a_projection_that_is_not_there() -> None:
     spec, hparams = setting("UltraEdit", lm, inner_params=["transformer.h.1.mlp.gate"])
     with pytest.raises(UsageError, match=r"no module 'transformer.h.1.mlp.gate'"):
         prepared(lm, spec, hparams, toy.corpus())
+
+
+# The benchmark
+
+
+def test_the_benchmark_prints_its_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    monkeypatch.setenv("COLUMNS", "150")
+    script = importlib.import_module("gradients")
+    sizes = "--facts 6 --step 3 --sample 2 --warm-up 8 --steps 2 --repeats 1 --sizes 48 32 10 --threads 1"
+    script.main([*sizes.split(), "--methods", "UltraEdit"])
+    printed = capsys.readouterr().out
+    assert "6 facts in steps of 3" in printed and "60 at most" in printed and "one by one, s" in printed
+    row = next(line for line in printed.splitlines() if "48 x 32, 10 tokens" in line)
+    assert float(row.split("│")[5]) <= 1e-8

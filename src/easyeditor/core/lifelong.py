@@ -19,6 +19,7 @@ from torch import Tensor
 from easyeditor.core.gradients import Factors
 from easyeditor.edits.delta import Dense, LowRank
 from easyeditor.edits.edit import Edit, WeightEdit
+from easyeditor.lm.clock import spent
 from easyeditor.lm.structure import Site
 
 GRADIENT = "/gradient"  # follows the weight's name where an edit keeps g beside the keys h
@@ -154,6 +155,7 @@ def _kept(edit: WeightEdit, site: Site) -> Factors:
     return Factors(h, g, torch.zeros(len(h), dtype=torch.long))
 
 
+@spent("solve")
 def ridge(h: Tensor, v: Tensor, alpha: float) -> LowRank | Dense:
     """The change D = ((H^T H + a I)^-1 H^T V)^T, which adds V at H as far as its size allows.
 
