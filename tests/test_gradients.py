@@ -19,7 +19,7 @@ from easyeditor.edits.delta import Dense, LowRank, dense
 from easyeditor.edits.edit import WeightEdit
 from easyeditor.edits.ledger import Ledger
 from easyeditor.edits.store import load_edits, save_edits
-from easyeditor.errors import UsageError
+from easyeditor.errors import EditFailed, NonFinite, UsageError
 from easyeditor.hparams import HyperParams, complete
 from easyeditor.lm.hooks import hidden
 from easyeditor.lm.model import LM
@@ -143,6 +143,14 @@ def test_the_solve_is_that_of_the_textbook(n: int, d_in: int, d_out: int) -> Non
     found = ridge(h, v, 1.0)
     assert isinstance(found, LowRank if n == 20 else Dense)
     assert (dense(found).double() - textbook.T).norm() <= 1e-6 * textbook.norm(), "kept in fp32"
+
+
+def test_a_system_that_cannot_be_solved() -> None:
+    h, v = torch.ones(3, 5), torch.ones(3, 2)
+    with pytest.raises(EditFailed, match=r"3 unknowns is singular with alpha = 1e-30. Raise alpha"):
+        ridge(h, v, 1e-30)
+    with pytest.raises(NonFinite, match="wider dtype"):
+        ridge(h * float("inf"), v, 1.0)
 
 
 def test_warm_up_facts_have_the_last_word_of_the_next_sentence() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from easyeditor.core.gradients import Factors
 from easyeditor.edits.delta import Dense, LowRank
 from easyeditor.edits.edit import Edit, WeightEdit
+from easyeditor.errors import EditFailed, NonFinite
 from easyeditor.lm.clock import spent
 from easyeditor.lm.structure import Site
 
@@ -169,17 +170,34 @@ def ridge(h: Tensor, v: Tensor, alpha: float) -> LowRank | Dense:
 
     Returns:
         The change, solved in fp64, of low rank where that is smaller.
+
+    Raises:
+        NonFinite: H or V holds values that are not finite numbers.
+        EditFailed: The system is singular: `alpha` is too small for it.
     """
     h, v = h.double(), v.double()
+    if not (torch.isfinite(h).all() and torch.isfinite(v).all()):
+        raise NonFinite(
+            "The model's states or gradients are not finite numbers, so that nothing can be solved for. "
+            "Use a wider dtype, or take back the edit that did this."
+        )
     n, width = h.shape
     if n <= width:
-        factor = torch.linalg.cholesky(h @ h.T + alpha * torch.eye(n, dtype=h.dtype, device=h.device))
+        factor = _factor(h @ h.T, alpha)
         left = torch.cholesky_solve(v, factor).T  # (d_out, n)
         if n * (left.shape[0] + width) <= left.shape[0] * width:
             return LowRank(left.float().contiguous(), h.T.float().contiguous())
         return Dense((left @ h).float())
-    factor = torch.linalg.cholesky(h.T @ h + alpha * torch.eye(width, dtype=h.dtype, device=h.device))
+    factor = _factor(h.T @ h, alpha)
     return Dense(torch.cholesky_solve(h.T @ v, factor).T.float().contiguous())
+
+
+def _factor(gram: Tensor, alpha: float) -> Tensor:
+    """The Cholesky factor of a Gram matrix plus a I."""
+    factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    if failed:
+        raise EditFailed(f"The system of {len(gram)} unknowns is singular with alpha = {alpha:g}. Raise alpha.")
+    return factor
 
 
 def facts_from(texts: Iterable[str], count: int) -> list[tuple[str, str]]:
