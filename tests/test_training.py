@@ -360,6 +360,13 @@ def test_the_loss_beside_a_quantised_base_is_that_of_shifted_targets(four_bits: 
         assert edit.notes["losses"] == pytest.approx([float(plain_loss(lm, lm.model, [request]))], abs=1e-3)
 
 
+def test_the_settings_say_how_a_base_is_loaded() -> None:
+    qlora = get_method("QLoRA").hparams
+    four = BitsAndBytesConfig(**qlora(double_quant=False, quant_type="fp4").quantization)
+    assert four.load_in_4bit and four.bnb_4bit_quant_type == "fp4" and not four.bnb_4bit_use_double_quant
+    assert BitsAndBytesConfig(**qlora(quantization_bit=8).quantization).load_in_8bit
+
+
 @pytest.mark.parametrize("method", ["LoRA", "FT"])
 def test_a_quantised_weight_is_not_added_to(four_bits: LM, method: str) -> None:
     with pytest.raises(UsageError, match=r"is quantised.*Use QLoRA"):

@@ -44,6 +44,13 @@ class QLoRAHyperParams(HyperParams):
     lr: float = 1e-4  # Adam's step size
     weight_decay: float = 0.0  # Adam's L2 factor, on the adapters
 
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """How a base is loaded, as the arguments of transformers' BitsAndBytesConfig."""
+        four = self.quantization_bit == 4
+        more = {"bnb_4bit_quant_type": self.quant_type, "bnb_4bit_use_double_quant": self.double_quant} if four else {}
+        return {"load_in_4bit": four, "load_in_8bit": not four, **more}
+
     def check(self) -> None:
         """Sizes and choices that mean something."""
         check_adapters("QLoRA", self.lora_type, self.lora_r, self.lora_dropout)
