@@ -47,6 +47,7 @@ OF_FAMILY = {
     ("ROME", "toy-opt"): {"context_template_length_params": []},
     ("GRACE", "toy-gemma2"): {"n_iter": 100, "inner_params": ["model.layers.1.mlp.down_proj.weight"]},
     ("AlphaEdit", "toy-falcon"): {"layers": [1]},
+    ("CrispEdit", "toy-t5"): {"layers": [0, 1]},
     ("KN", "toy-gemma2"): {"lr_scale": 3.0},
     ("KN", "toy-t5"): {"lr_scale": 0.2},
     ("KN", "toy-falcon"): {"adaptive_threshold": 0.1, "lr_scale": 0.3},
