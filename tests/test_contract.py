@@ -50,10 +50,16 @@ OF_FAMILY = {
     ("CrispEdit", "toy-t5"): {"layers": [0, 1]},
     ("KN", "toy-gemma2"): {"lr_scale": 3.0},
     ("KN", "toy-t5"): {"lr_scale": 0.2},
-    ("KN", "toy-falcon"): {"adaptive_threshold": 0.1, "lr_scale": 0.3},
+    **{("KN", f"toy-{name}"): {"adaptive_threshold": 0.1, "lr_scale": 0.3} for name in ("falcon", "qwen2", "phi")},
+    ("KN", "toy-neox"): {"adaptive_threshold": 0.2, "lr_scale": 0.3},
+    ("KN", "toy-opt"): {"adaptive_threshold": 0.3, "lr_scale": 0.45},
     ("UltraEdit", "toy-llama"): {"lr": 4e-2},
     ("UltraEdit", "toy-gemma2"): {"lr": 3e-2, "inner_params": [f"model.layers.{i}.self_attn.o_proj" for i in (2, 3)]},
+    ("UltraEdit", "toy-qwen2"): {"lr": 6e-2},
     ("StableEdit", "toy-llama"): {"lr": 1e-1},
+    ("StableEdit", "toy-opt"): {"lr": 1e-1},
+    ("StableEdit", "toy-qwen2"): {"lr": 14e-2},
+    ("StableEdit", "toy-gemma2"): {"lr": 4e-2, "inner_params": [f"model.layers.{i}.self_attn.o_proj" for i in (2, 3)]},
 }
 PAIRS = [
     pytest.param(
