@@ -53,8 +53,12 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# Speed on this machine, and two runs with their pages: build/bench/single/report.html and .../sequential/report.html.
 bench: setup
 	$(PY) benchmarks/run.py
+	rm -rf build/bench
+	$(VENV)/bin/easyedit bench --methods FT,GRACE,ICE,MEMIT,AlphaEdit --n 10 --out build/bench/single
+	$(VENV)/bin/easyedit bench --methods FT,AlphaEdit,GRACE --n 20 --schedule sequential:2 --out build/bench/sequential
 
 docs: setup
 	$(PY) tools/make_docs.py
