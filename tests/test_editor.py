@@ -31,9 +31,11 @@ OWN = {
     "GRACE": {"inner_params": ["model.layers[2].mlp.down_proj.weight"]},
 }
 QUICK = {
-    name: {**values, **({"mom2_adjustment": False} if name not in OWN else {}), **OWN.get(name, {})}
+    name: {**values, **({"mom2_adjustment": False} if "mom2_adjustment" in values else {}), **OWN.get(name, {})}
     for name, values in toy.SETTINGS.items()
 }
+# A text in front of the prompt tells one fact; a change normalised by its own statistics is as large as one of many.
+ALONE = ("ICE", "StableEdit")
 PROBE = {"neighborhood": {"prompt": ["the home of cy to is"] * 3, "ground_truth": ["oslo"] * 3}}
 
 
@@ -62,6 +64,7 @@ def lists(*requests: EditRequest) -> dict[str, Any]:
         "prompts": [r.prompt for r in requests],
         "target_new": [r.target_new for r in requests],
         "ground_truth": [r.ground_truth for r in requests],
+        "target_neg": [r.target_neg for r in requests],
         "rephrase_prompts": [list(r.rephrase_prompts) for r in requests],
         "subject": [r.subject for r in requests],
         "locality_inputs": {
@@ -218,7 +221,7 @@ def test_several_requests_and_the_returned_model_is_pristine(name: str, caplog: 
     assert not any("final" in r for r in records)
     for edit in edits:
         Ledger.of(one.lm).apply(edit)
-    if name != "ICE":
+    if name not in ALONE:
         assert one.ask([HOME.prompt, JOB.prompt]) == [HOME.target_new, JOB.target_new]
 
 
