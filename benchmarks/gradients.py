@@ -2,11 +2,11 @@
 
     python benchmarks/gradients.py
 
-Prints a table per method: the seconds of all steps and of the warm-up, which is done once; of these the seconds of the
-forward and backward passes, of the solves and of the application; and how many of the facts hold at the end, by free
-generation of a sample. Then the solve: (H^T H + I)^-1 H^T V by push-through, with as many unknowns as tokens, against a
-dense solve with as many as inputs, both fp64; and one attribution to neurons, with its steps in one batch and one by
-one. Settings are the packaged rows.
+Prints a table per method, in fp32: the seconds of all steps, on the clock and of the processor, which are the same on a
+machine that does nothing else; of these the forward and backward passes, the solves and the application; the warm-up,
+which is done once; and how many of the facts hold at the end, by free generation of a sample. Then the solve:
+(H^T H + I)^-1 H^T V by push-through, with as many unknowns as tokens, against a dense solve with as many as inputs,
+both fp64; and one attribution to neurons, with its steps in one batch and one by one. Settings are the packaged rows.
 """
 
 from __future__ import annotations
@@ -41,24 +41,32 @@ METHODS = ("UltraEdit", "StableEdit")
 def stream_of(name: str, requests: Sequence[EditRequest], step: int, sample: int, given: dict[str, Any]) -> list[str]:
     """The cells of one method."""
     spec = get_method(name)
-    hparams = complete(spec.hparams.from_hparams(f"{name}/tinyfacts"), lm := LM.load("tinyfacts"))
+    hparams = complete(spec.hparams.from_hparams(f"{name}/tinyfacts"), lm := LM.load("tinyfacts", dtype="float32"))
     for key, value in given.items():
         setattr(hparams, key, value)
     start = time.perf_counter()
     state = prepared(lm, spec, hparams)
     warm = time.perf_counter() - start
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     with listening() as times:
         for i in range(0, len(requests), step):
             part = requests[i : i + step]
             put_on(lm, make_edit(lm, spec, part, hparams, state), part)
-    total = time.perf_counter() - start
+    total, used = time.perf_counter() - start, time.process_time() - used
     asked = requests[:: max(len(requests) // sample, 1)]
     said = answer(lm, [r.prompt for r in asked], 16, 64)
     held = [exact_match(text, [r.target_new]) or 0.0 for text, r in zip(said, asked, strict=True)]
     parts = [f"{times.seconds.get(part, 0.0):.1f}" for part in ("gradients", "solve", "apply")]
     Ledger.of(lm).reset()
-    return [name, f"{total:.1f}", "60 at most", *parts, f"{warm:.1f}", f"{sum(held) / len(held):.2f} of {len(held)}"]
+    return [
+        name,
+        f"{total:.1f}",
+        "60 at most",
+        f"{used:.1f}",
+        *parts,
+        f"{warm:.1f}",
+        f"{sum(held) / len(held):.2f} of {len(held)}",
+    ]
 
 
 def seconds(work: Callable[[], Any], repeats: int) -> float:
@@ -117,7 +125,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     console, requests = Console(width=150), facts(args.facts)
     given = {} if args.warm_up is None else {"warm_up": args.warm_up}
     title = f"{len(requests):,} facts in steps of {args.step}, {args.threads} threads"
-    table = Table("method", "s", "target", "passes, s", "solve, s", "apply, s", "warm-up, s", "held", title=title)
+    table = Table(
+        "method", "s", "target", "CPU, s", "passes, s", "solve, s", "apply, s", "warm-up, s", "held", title=title
+    )
     for name in args.methods:
         table.add_row(*stream_of(name, requests, args.step, args.sample, given))
     console.print(table)

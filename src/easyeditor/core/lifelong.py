@@ -194,6 +194,7 @@ def ridge(h: Tensor, v: Tensor, alpha: float) -> LowRank | Dense:
 
 def _factor(gram: Tensor, alpha: float) -> Tensor:
     """The Cholesky factor of a Gram matrix plus a I."""
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
     if failed:
         raise EditFailed(f"The system of {len(gram)} unknowns is singular with alpha = {alpha:g}. Raise alpha.")
