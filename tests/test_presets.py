@@ -91,9 +91,10 @@ ADAPTERS: Fields = {
     "lora_alpha": (float,),
     "lora_dropout": (float,),
     "target_modules": (list,),
+    "with_end": (bool,),
 }
 QLORA: Fields = {
-    **{name: kinds for name, kinds in ADAPTERS.items() if name not in ("layers", "rank")},
+    **{name: kinds for name, kinds in ADAPTERS.items() if name not in ("layers", "rank", "with_end")},
     "lora_r": (int,),
     "quantization_bit": (int,),
     "double_quant": (bool,),

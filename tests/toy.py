@@ -148,7 +148,7 @@ SETTINGS: dict[str, dict[str, object]] = {  # of each method, for models as smal
     "LoRA": {"lr": 1e-3},
     "LoRA_uns": {"lr": 1e-3},
     "QLoRA": {"lr": 1e-3},
-    "DPO": {"lr": 1e-3, "num_steps": 40},
+    "DPO": {"lr": 1e-3, "num_steps": 40, "with_end": True},
     "GRACE": {"n_iter": 60, "eps": 0.1},
     "UnKE": {"layers": [1], "lr": 1e-3, "v_lr": 0.2},
     "AnyEdit": {"layers": [1], "lr": 1e-3, "v_lr": 0.2, "window_size": 1},

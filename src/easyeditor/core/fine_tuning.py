@@ -92,7 +92,7 @@ def _weights(sites: Sequence[Site], deltas: Sequence[Tensor]) -> Iterator[None]:
     """A context in which each site computes with W + D."""
     with ExitStack() as stack:
         for site, delta in zip(sites, deltas, strict=True):
-            stack.enter_context(with_weight(site.module, _sum(site.matrix(), delta)))
+            stack.enter_context(with_weight(site.module, _sum(site.matrix().contiguous(), delta)))
         yield
 
 

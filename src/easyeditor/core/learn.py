@@ -98,7 +98,8 @@ def descend(
     """
     for parameter in parameters:
         parameter.requires_grad_(True)
-    adam = torch.optim.Adam(parameters, lr=lr)
+    alone = all(parameter.device.type == "cpu" for parameter in parameters)
+    adam = torch.optim.Adam(parameters, lr=lr, fused=True if alone else None)  # in one pass over memory, not in ten
     trace: list[list[float]] = []
     for step in range(steps):
         with torch.enable_grad():
@@ -113,7 +114,7 @@ def descend(
         gradients = torch.autograd.grad(loss[running].sum(), parameters)
         before = [parameter.detach().clone() for parameter in parameters] if not running.all() else []
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = gradient.contiguous()  # the fused step takes one layout for both
         adam.step()
         with torch.no_grad():
             if project is not None:

@@ -17,7 +17,7 @@ from easyeditor.lm.generate import answer
 from easyeditor.lm.model import LM
 
 TEXTS, WORDS, TOKENS = 4, 4, 16  # beginnings of bundled texts, and how long the model goes on from each
-NEAR = 0.9  # of the nats per token of guessing: no likelier than that is ruin
+NEAR, LOST = 0.9, 0.5  # of the nats per token of guessing: where it ends up, and how much worse that is than before
 
 
 def refuse_ruin(lm: LM, edit: Edit, lr: float) -> None:
@@ -40,7 +40,8 @@ def refuse_ruin(lm: LM, edit: Edit, lr: float) -> None:
     before = unlikeliness(lm, said)
     with applied(lm, edit):
         after = unlikeliness(lm, said)
-    if not after < max(NEAR * math.log(lm.vocab), before):  # also where it is no number
+    guessing = math.log(lm.vocab)
+    if not after < max(NEAR * guessing, before + LOST * guessing):  # also where it is no number
         raise EditFailed(
             f"Trained with a learning rate 'lr' of {lr:g}, the model would be ruined: what it says of other things "
             f"would have a perplexity of e^{after:.1f} instead of e^{before:.1f}. It is as it was. Lower 'lr' or the "

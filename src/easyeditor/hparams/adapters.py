@@ -24,6 +24,7 @@ class AdapterSettings(HyperParams):
     lr: float = 5e-3  # Adam's step size
     weight_decay: float = 0.0  # Adam's L2 factor, on the adapters
     batch_size: int = 128  # requests per step
+    with_end: bool = False  # whether the end-of-text token is learnt with the answer
     kl_factor: float = 0.0  # kept for existing files; the original does not use it either
     norm_constraint: float | bool = False  # kept for existing files; the original does not use it either
 

@@ -56,7 +56,7 @@ def dpo(
     """The low-rank edit of any number of preferences."""
     sites = targets(lm, hparams.target_modules, hparams.layers)
     first, size = min(lm.block_of(site) for site in sites), hparams.batch_size
-    batches = [Preferences(lm, requests[i : i + size], first) for i in range(0, len(requests), size)]
+    batches = [Preferences(lm, requests[i : i + size], first, hparams.with_end) for i in range(0, len(requests), size)]
 
     def objective(batch: Minibatch) -> Tensor:
         assert isinstance(batch, Preferences)
@@ -72,13 +72,14 @@ class Preferences(Minibatch):
         lm: The model, as it is before the training.
         requests: n of them.
         first: The lowest block whose output changes in the training.
+        with_end: Whether the end-of-text token belongs to the answers.
     """
 
-    def __init__(self, lm: LM, requests: Sequence[EditRequest], first: int) -> None:
+    def __init__(self, lm: LM, requests: Sequence[EditRequest], first: int, with_end: bool = False) -> None:
         asked = [(lm.text.render(request.prompt), request) for request in requests]
         pairs = [(prompt, request.target_new) for prompt, request in asked]
         pairs += [(prompt, str(request.target_neg)) for prompt, request in asked]
-        super().__init__(lm, pairs, first)
+        super().__init__(lm, pairs, first, with_end=with_end)
         with torch.no_grad():
             self.reference = self.summed(self.log_probs())  # (2 n,)
 

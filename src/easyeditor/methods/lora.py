@@ -40,6 +40,7 @@ class LoRA_uns_HyperParams(AdapterSettings):
     """Settings of LoRA_uns."""
 
     alg_name: str = "LoRA_uns"
+    with_end: bool = True  # whether the end-of-text token is learnt with the answer
 
 
 @method("LoRA", hparams=LoRAHyperParams, paper="arXiv:2106.09685", requests="many")
@@ -47,7 +48,7 @@ def lora(
     lm: LM, requests: Sequence[EditRequest], hparams: LoRAHyperParams, state: Mapping[str, Any], history: Sequence[Edit]
 ) -> WeightEdit:
     """The low-rank edit of any number of facts."""
-    return _edit(lm, requests, hparams, with_end=False)
+    return _edit(lm, requests, hparams)
 
 
 @method("LoRA_uns", hparams=LoRA_uns_HyperParams, paper="arXiv:2402.18909", requests="many")
@@ -59,11 +60,11 @@ def lora_uns(
     history: Sequence[Edit],
 ) -> WeightEdit:
     """The low-rank edit of any number of long answers."""
-    return _edit(lm, requests, hparams, with_end=True)
+    return _edit(lm, requests, hparams)
 
 
-def _edit(lm: LM, requests: Sequence[EditRequest], hparams: AdapterSettings, with_end: bool) -> WeightEdit:
+def _edit(lm: LM, requests: Sequence[EditRequest], hparams: AdapterSettings) -> WeightEdit:
     sites = targets(lm, hparams.target_modules, hparams.layers)
     first = min(lm.block_of(site) for site in sites)
-    batches = minibatches(lm, requests, hparams.batch_size, first, with_end=with_end)
+    batches = minibatches(lm, requests, hparams.batch_size, first, with_end=hparams.with_end)
     return low_rank_edit(lm, sites, batches, hparams)
