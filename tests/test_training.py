@@ -35,6 +35,8 @@ from easyeditor.lm.model import LM
 from easyeditor.registry import get_method
 from easyeditor.requests import EditRequest
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")  # peft asks under an old name
+
 SEVERAL = [
     EditRequest("the home of ada ra is", "oslo then rome"),
     EditRequest("bo su works as", "baker"),
@@ -111,7 +113,7 @@ def test_all_requests_are_learnt_together_with_their_end() -> None:
     assert answer(lm, [r.prompt for r in requests], 8) == [r.target_new for r in requests]
     batch = Minibatch(lm, [(r.prompt, r.target_new) for r in requests], with_end=True)
     assert batch.answers.labels[1::2].unique().tolist() == [lm.tokenizer.eos_token_id]
-    assert float(batch.loss()) < 0.05
+    assert batch.loss().item() < 0.05
 
 
 def test_a_whole_block_can_be_trained() -> None:
@@ -482,7 +484,7 @@ def test_training_that_ruins_the_model_is_refused(method: str, lr: float) -> Non
 def test_a_small_change_is_not_tried_out(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = toy.build("llama")
     name = lm.weight_name(1)
-    size = float(lm.mlp_out(1).weight.norm())
+    size = lm.mlp_out(1).weight.norm().item()
     monkeypatch.setattr("easyeditor.core.reading.speech", lambda lm: pytest.fail("it was tried out"))
     out, into = torch.zeros(64, 1), torch.zeros(256, 1)
     out[0], into[0] = 0.9 * size, 1.0
