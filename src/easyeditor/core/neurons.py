@@ -50,7 +50,7 @@ class Attribution:
     probability: float
 
 
-@spent("attribution")
+@spent("gradients")
 def attribution(
     lm: LM, prompt: str, answer: str, steps: int = 20, *, batch_tokens: int = 4096, watch: Watch = iter
 ) -> Attribution:
