@@ -41,7 +41,7 @@ from run import request, small_gpt2
 
 LAYER, FT_STEPS, LORA_STEPS = 8, 25, 30  # FT's layer by depth; the steps of EasyEdit's files
 FT_RATE, LORA_RATE = 2e-5, 1e-3  # small enough that FT-M does not end early
-METHODS = ("LocFT-BF", "FT", "LoRA", "DPO")
+METHODS = ("LocFT-BF", "LoRA")
 Losses = list[float]
 Clock = Callable[[], float]
 

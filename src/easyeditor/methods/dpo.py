@@ -54,6 +54,8 @@ def dpo(
     lm: LM, requests: Sequence[EditRequest], hparams: DPOHyperParams, state: Mapping[str, Any], history: Sequence[Edit]
 ) -> WeightEdit:
     """The low-rank edit of any number of preferences."""
+    for request in requests:
+        request.require(("target_neg",), "DPO")
     sites = targets(lm, hparams.target_modules, hparams.layers)
     first, size = min(lm.block_of(site) for site in sites), hparams.batch_size
     batches = [Preferences(lm, requests[i : i + size], first, hparams.with_end) for i in range(0, len(requests), size)]
