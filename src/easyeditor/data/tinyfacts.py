@@ -130,6 +130,7 @@ class TinyFacts:
             target_new=target,
             subject=fact.subject,
             ground_truth=fact.answer,
+            target_neg=fact.answer,
             rephrase_prompts=tuple(w.replace("{}", fact.subject) for w in self.relations[fact.relation].held_out),
             locality={
                 name: tuple(Probe(self._prompts(f)[0], f.answers) for f in group)

@@ -114,6 +114,7 @@ class BaseEditor:
             return LM.wrap(model, tokenizer, **options)
         dtype = hp.dtype or ("float16" if hp.fp16 else None)
         device_map = "auto" if hp.model_parallel else None
+        options["quantization"] = getattr(hp, "quantization", None)
         return LM.load(hp.model_name, dtype=dtype, device=hp.device, device_map=device_map, **options)
 
     def edit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,7 @@ def pretrained(
     dtype: str | torch.dtype | None,
     device: str | int | torch.device | None,
     device_map: str | Mapping[str, Any] | None,
-    quantization: int | None,
+    quantization: int | Mapping[str, Any] | None,
     trust_remote_code: bool,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer; the arguments are those of `LM.load`.
@@ -52,6 +52,8 @@ def pretrained(
             f"'{name_or_path}' cannot be loaded as a language model: {_first_line(error)} Expected a folder with "
             "config.json, tokenizer and weights, the id of a model that can be fetched, or 'tinyfacts'."
         ) from error
+    if quantization is not None:
+        _keep_layout(model)
     if device is not None and device_map is None and quantization is None:
         place = accelerator(device)
         try:
@@ -113,14 +115,30 @@ def _dtype(dtype: str | torch.dtype | None) -> Any:
     return found or "auto"
 
 
-def _quantization(bits: int) -> Any:
+def _quantization(asked: int | Mapping[str, Any]) -> Any:
+    """Four bits are those of QLoRA: nf4, with quantised scales."""
     from transformers import BitsAndBytesConfig
 
-    if bits not in (4, 8):
-        raise UsageError(f"quantization is {bits}. Pass 4 or 8, or leave it out.")
+    if asked not in (4, 8) and not isinstance(asked, Mapping):
+        raise UsageError(f"quantization is {asked}. Pass 4 or 8, or leave it out.")
     if find_spec("bitsandbytes") is None:
         raise MissingExtra("A quantised base needs bitsandbytes. Install it: pip install 'easyeditor[quantised]'.")
-    return BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    if isinstance(asked, Mapping):
+        return BitsAndBytesConfig(**asked)
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} if asked == 4 else {}
+    return BitsAndBytesConfig(load_in_4bit=asked == 4, load_in_8bit=asked == 8, **options)
+
+
+def _keep_layout(model: nn.Module) -> None:
+    """Keep a base of 4 bits as it was loaded.
+
+    On some processors bitsandbytes packs the weights anew in the first forward pass: not exactly the same ones, and
+    without a gradient.
+    """
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _first_line(error: BaseException) -> str:

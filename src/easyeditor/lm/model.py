@@ -128,7 +128,7 @@ class LM:
         dtype: str | torch.dtype | None = None,
         device: str | int | torch.device | None = None,
         device_map: str | Mapping[str, Any] | None = None,
-        quantization: int | None = None,
+        quantization: int | Mapping[str, Any] | None = None,
         *,
         rewrite_module_tmp: str | None = None,
         editable: bool = True,
@@ -141,7 +141,8 @@ class LM:
             dtype: Such as ``bfloat16``; None: that of the checkpoint.
             device: Where to put it; a number is that accelerator, or the CPU where there is none.
             device_map: Spread it over devices, such as ``auto``; needs the extra ``train``.
-            quantization: 4 or 8: load the base in so many bits; needs bitsandbytes.
+            quantization: 4 or 8: load the base in so many bits; needs bitsandbytes. Or the arguments of transformers'
+                BitsAndBytesConfig.
             rewrite_module_tmp: See `wrap`.
             editable: See `wrap`.
             trust_remote_code: Whether code in the model's folder may run.
