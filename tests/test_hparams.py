@@ -423,7 +423,7 @@ def test_registry() -> None:
 def test_no_such_method() -> None:
     with pytest.raises(UsageError, match=r"There is no method 'ROM'\. Did you mean 'ROME'\?"):
         get_method("ROM")
-    with pytest.raises(EasyEditError, match="Known: AlphaEdit, .*MEMIT.*ROME, "):
+    with pytest.raises(EasyEditError, match=r"Known: AlphaEdit, .*MEMIT.*ROME, "):
         get_method("zzzzzz")
 
 
