@@ -365,3 +365,11 @@ def test_a_full_disk_loses_nothing(saved: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     sums = subprocess.run("sha256sum *", shell=True, cwd=saved, capture_output=True, text=True, check=True).stdout
     assert done.stdout == f"edit\n{sums}"
+
+
+def test_the_answer_to_turn_away_from() -> None:
+    args = ["edit", *FACT, "--method", "DPO", "-m", MODEL]
+    missing = CliRunner().invoke(application(), args)
+    assert missing.exit_code == 2 and "'target_neg'" in missing.stderr
+    told = run(*args, "--target-neg", "Paris", "--json").stdout
+    assert json.loads(told)["answers"][0]["as_wanted"] is True

@@ -186,3 +186,5 @@ def _log_to_stderr(debug: bool) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    if not debug:  # peft imports it where it is installed, and it remarks on kernels that nobody asked for
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -45,6 +45,9 @@ def edit(
     subject: Annotated[str | None, typer.Option(help="The part of the prompt that names the entity.")] = None,
     target: Annotated[str | None, typer.Option(help="The new answer.")] = None,
     ground_truth: Annotated[str | None, typer.Option(help="The old answer, if known.")] = None,
+    target_neg: Annotated[
+        str | None, typer.Option(help="The answer to turn away from, for methods that learn from preferences.")
+    ] = None,
     rephrase: Annotated[
         list[str] | None, typer.Option(metavar="PROMPT", help="Another wording, to ask as well. Repeatable.")
     ] = None,
@@ -70,7 +73,7 @@ def edit(
     """
     choice = Choice(method, model, hparams, tuple(settings or ()), device, dtype, chat, seed)
     said = choice.hparams()
-    flags = (prompt, subject, target, ground_truth, rephrase, locality)
+    flags = (prompt, subject, target, ground_truth, target_neg, rephrase, locality)
     if file is not None and any(flags):
         raise UsageError("Both a file of facts and a fact by flags were given. Give one of the two.")
     if file is None and layout is not None:
@@ -80,7 +83,8 @@ def edit(
     if file is not None:
         requests = many_facts(file, None, layout)
     else:
-        requests = [one_fact(prompt or "", target or "", subject, ground_truth, rephrase or (), locality or ())]
+        given = (subject, ground_truth, target_neg, rephrase or (), locality or ())
+        requests = [one_fact(prompt or "", target or "", *given)]
     if save is not None:
         keep_what_is_there(save, force)
     outcome = carry_out(said, requests)

@@ -15,6 +15,7 @@ def one_fact(
     target: str,
     subject: str | None,
     ground_truth: str | None,
+    target_neg: str | None,
     rephrase: Sequence[str],
     locality: Sequence[str],
 ) -> EditRequest:
@@ -26,7 +27,7 @@ def one_fact(
     from easyeditor.requests import EditRequest
 
     raw: dict[str, Any] = {"prompt": prompt, "target_new": target, "rephrase_prompt": list(rephrase)}
-    raw |= {"subject": subject, "ground_truth": ground_truth}
+    raw |= {"subject": subject, "ground_truth": ground_truth, "target_neg": target_neg}
     if locality:
         raw["locality"] = {"neighbourhood": {"prompt": list(locality), "ground_truth": None}}
     return EditRequest.from_dict(raw, record="The fact given by flags")
