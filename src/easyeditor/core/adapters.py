@@ -61,6 +61,21 @@ class AdapterTraining:
     seed: int = 0
     stop_below: float | None = SOLVED
 
+    @classmethod
+    def of(cls, hparams: Any, rank: int, stop_below: float | None = SOLVED) -> AdapterTraining:
+        """Those of a method's settings, whatever name its rank has there."""
+        return cls(
+            hparams.lora_type,
+            rank,
+            hparams.lora_alpha,
+            hparams.lora_dropout,
+            hparams.num_steps,
+            hparams.lr,
+            hparams.weight_decay,
+            hparams.seed,
+            stop_below,
+        )
+
 
 def learned(
     lm: LM,
@@ -130,17 +145,7 @@ def low_rank_edit(
         EditFailed: The trained model would read ordinary text worse than by guessing.
     """
     refuse_quantised(lm, sites)
-    training = AdapterTraining(
-        hparams.lora_type,
-        hparams.rank,
-        hparams.lora_alpha,
-        hparams.lora_dropout,
-        hparams.num_steps,
-        hparams.lr,
-        hparams.weight_decay,
-        hparams.seed,
-        stop_below,
-    )
+    training = AdapterTraining.of(hparams, hparams.rank, stop_below)
     changes, losses = learned(lm, sites, batches, training, objective)
     deltas = {f"{name}.weight": change for name, change in changes.items() if change.rank}
     edit = WeightEdit(deltas=deltas, notes={"losses": losses, "adapter": adapter_note(lm, sites)})

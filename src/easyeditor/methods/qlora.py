@@ -74,17 +74,7 @@ def qlora(
     """The adapters of any number of facts."""
     sites = targets(lm, hparams.target_modules)
     batches = minibatches(lm, requests, hparams.batch_size, min(lm.block_of(site) for site in sites))
-    training = AdapterTraining(
-        hparams.lora_type,
-        hparams.lora_r,
-        hparams.lora_alpha,
-        hparams.lora_dropout,
-        hparams.num_steps,
-        hparams.lr,
-        hparams.weight_decay,
-        hparams.seed,
-    )
-    changes, losses = learned(lm, sites, batches, training)
+    changes, losses = learned(lm, sites, batches, AdapterTraining.of(hparams, hparams.lora_r))
     wrappers = {name: Beside(change.left, change.right) for name, change in changes.items() if change.rank}
     edit = ModuleEdit(wrappers=wrappers, notes={"losses": losses, "adapter": adapter_note(lm, sites)})
     refuse_ruin(lm, edit, hparams.lr)
