@@ -133,12 +133,12 @@ class Memory(Balls):
         self.entries: list[Any] = []
         self._log: list[tuple[int, list[Callable[[], None]]]] = []  # of each entry: balls before it, how to undo it
 
-    def add(self, entry: Any) -> None:
-        """What an entry does to the balls; changes of its own that `change` and `cut` cannot undo go to `undoing`."""
-        raise NotImplementedError
-
-    def become(self, entries: Sequence[Any]) -> None:
+    def follow(self, entries: Sequence[Any], add: Callable[[Any], None]) -> None:
         """Take back the newest entries and add others, until it is the memory of these.
+
+        Args:
+            entries: What it is to be made from, oldest first.
+            add: What an entry does to the balls; changes that `change` and `cut` cannot undo it leaves with `undoing`.
 
         Raises:
             UsageError: They are not of one kind; the memory is as before.
@@ -156,7 +156,7 @@ class Memory(Balls):
         for entry in entries[same:]:
             self.entries.append(entry)
             self._log.append((len(self), []))
-            self.add(entry)
+            add(entry)
 
     def begin(self, entry: Any) -> None:
         """Take over the settings of the first entry."""

@@ -98,7 +98,11 @@ class Clusters(Memory):
         self._points = Stack(len(first.key), device=first.key.device)
         self._blocks: list[str] = []
 
-    def add(self, entry: Point) -> None:
+    def become(self, entries: Sequence[Point]) -> None:
+        """Be the index of these entries, oldest first; see `Memory.follow`."""
+        self.follow(entries, self._add)
+
+    def _add(self, entry: Point) -> None:
         """A cluster of its own, or a place in one of the same answer; two of different answers are split."""
         key, number = entry.key.to(self.keys.device), len(self.entries) - 1
         self._points.append(self._point(key))

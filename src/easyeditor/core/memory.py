@@ -93,7 +93,11 @@ class Codebook(Memory):
         """What is returned in each ball, (n, d_out), fp32."""
         return self._values.rows
 
-    def add(self, entry: Entry) -> None:
+    def become(self, entries: Sequence[Entry]) -> None:
+        """Be the codebook of these entries, oldest first; see `Memory.follow`."""
+        self.follow(entries, self._add)
+
+    def _add(self, entry: Entry) -> None:
         """GRACE, algorithm 1: add a ball, let a ball of the same answer grow, or split two of different answers."""
         key = entry.key.to(self.keys.device)
         distances, nearest = self.nearest(key[None], entry.radius + self.reach)

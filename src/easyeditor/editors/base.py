@@ -18,10 +18,10 @@ from easyeditor.editors.arguments import Texts, requests_from_lists
 from easyeditor.editors.keeping import check_places, keep, restore
 from easyeditor.editors.old_calls import apply_function
 from easyeditor.editors.options import Wanted, check_known, earlier_measurements, opinions_of, training_set, unknown
-from easyeditor.editors.perform import checked, make_edit, prepared, put_on, spec_of
+from easyeditor.editors.perform import checked, loaded, make_edit, prepared, put_on, spec_of
 from easyeditor.editors.progress import tracked
-from easyeditor.editors.records import record_of, texts_only, write_json
-from easyeditor.editors.taking_back import facts_named, put_instead, smaller
+from easyeditor.editors.records import record_of, tell, texts_only, write_json
+from easyeditor.editors.taking_back import take_back
 from easyeditor.edits.edit import Edit
 from easyeditor.edits.ledger import Ledger
 from easyeditor.errors import EditDidNothing, EditFailed, NonFinite, UsageError
@@ -89,8 +89,7 @@ class BaseEditor:
     def lm(self) -> LM:
         """The model with its tokenizer; loaded when first asked for."""
         if self._lm is None:
-            self._lm = self._load()
-            self._lm.text.chat = self.hparams.use_chat_template
+            self._lm = loaded(self.hparams, self.spec)
             restore(self._lm, self.hparams)
         return self._lm
 
@@ -108,20 +107,6 @@ class BaseEditor:
     def device(self) -> Any:
         """Where the model is."""
         return self.lm.device
-
-    def _load(self) -> LM:
-        hp = self.hparams
-        options: dict[str, Any] = {
-            "rewrite_module_tmp": getattr(hp, "rewrite_module_tmp", None),
-            "editable": self.spec.kind in ("weights", "module"),
-        }
-        if not isinstance(hp.model_name, str):
-            model, tokenizer = hp.model_name
-            return LM.wrap(model, tokenizer, **options)
-        dtype = hp.dtype or ("float16" if hp.fp16 else None)
-        device_map = "auto" if hp.model_parallel else None
-        options["quantization"] = getattr(hp, "quantization", None)
-        return LM.load(hp.model_name, dtype=dtype, device=hp.device, device_map=device_map, **options)
 
     def edit(
         self,
@@ -206,14 +191,7 @@ class BaseEditor:
             self._wanted.eval_metric = self._wanted.opinions = None
         if kwargs.get("pre_file"):
             write_json(Path(kwargs["pre_file"]), [{"pre": record["pre"]} for record in records])
-        for record in records if verbose else ():
-            log.info("%s: %s", record["case_id"], {key: record[key] for key in ("pre", "post")})
-        if len(edits) > 1 and not sequential_edit:
-            log.warning(
-                "%d edits were each made on the pristine model and taken back: the returned model carries none of "
-                "them. The third value holds them; pass sequential_edit=True to keep all on the model.",
-                len(records),
-            )
+        tell(records, edits, sequential_edit, verbose)
         return records, self.model, edits
 
     def stream(
@@ -302,12 +280,7 @@ class BaseEditor:
         size = max(self.hparams.batch_size, 1)
         stream = self._chunks(requests, size, sequential_edit, kwargs.get("test_generation", False), None, edits, True)
         records = list(tracked(stream, len(requests), self.alg_name))
-        for record in records if verbose else ():
-            log.info("%s: %s", record["case_id"], {key: record[key] for key in ("pre", "post")})
-        if len(edits) > 1 and not sequential_edit:
-            log.warning(
-                "%d chunks were each taken back: the returned model is pristine. See sequential_edit.", len(edits)
-            )
+        tell(records, edits, sequential_edit, verbose)
         return records, self.model, edits
 
     def normal_edit(
@@ -381,8 +354,7 @@ class BaseEditor:
         for record in records:
             for phase in ("pre", "post"):
                 record[phase] = texts_only(record[phase], phase)
-            if verbose:
-                log.info("%s: %s", record["case_id"], record["post"])
+        tell(records, (), sequential_edit, verbose)
         return records, model, edits
 
     def deep_edit(self, datasets: Any) -> Records:
@@ -422,21 +394,9 @@ class BaseEditor:
         Raises:
             UsageError: No edit on the model has this id or fact, or its method cannot take one fact out.
         """
-        ledger = Ledger.of(self.lm)
-        wanted = key.id if isinstance(key, Edit) else key
-        whole = [edit for edit in ledger.active if edit.id == wanted]
-        found = {edit.id: (edit, facts_named(edit, wanted)) for edit in ledger.active} if not whole else {}
-        parts = [(edit, facts) for edit, facts in found.values() if facts]
-        if not whole and not parts:
-            there = ", ".join(f"{e.id} ({'; '.join(e.facts[:3])})" for e in ledger.active) or "none"
-            raise UsageError(f"No edit on the model has the id or the fact '{wanted}'. Edits on it: {there}.")
-        lefts = [smaller(edit, facts) if len(facts) < len(edit.requests) else None for edit, facts in parts]
-        for edit, rest in [*((edit, None) for edit in whole), *zip((edit for edit, _ in parts), lefts, strict=True)]:
-            left = [put_instead(self.lm, edit, rest)] if rest is not None else []
-            if not left:
-                ledger.undo(edit.id)
-            self._left = [new for old in self._left for new in (left if old == edit.id else [old])]
-        return [*whole, *(edit for edit, _ in parts)]
+        taken, standing = take_back(self.lm, key)
+        self._left = [new for old in self._left if (new := standing.get(old, old)) is not None]
+        return taken
 
     def apply(self, requests: Requests) -> list[Edit]:
         """Edit facts and measure nothing; all edits stay on the model.

@@ -22,6 +22,32 @@ from easyeditor.registry import MethodSpec, get_method
 from easyeditor.requests import EditRequest
 
 
+def loaded(hparams: HyperParams, spec: MethodSpec) -> LM:
+    """The model that settings name, as they say.
+
+    Args:
+        hparams: ``model_name`` is an id, a folder, or a model with its tokenizer.
+        spec: The method.
+    """
+    options: dict[str, Any] = {
+        "rewrite_module_tmp": getattr(hparams, "rewrite_module_tmp", None),
+        "editable": spec.kind in ("weights", "module"),
+    }
+    if isinstance(hparams.model_name, str):
+        lm = LM.load(
+            hparams.model_name,
+            dtype=hparams.dtype or ("float16" if hparams.fp16 else None),
+            device=hparams.device,
+            device_map="auto" if hparams.model_parallel else None,
+            quantization=getattr(hparams, "quantization", None),
+            **options,
+        )
+    else:
+        lm = LM.wrap(*hparams.model_name, **options)
+    lm.text.chat = hparams.use_chat_template
+    return lm
+
+
 def checked(requests: Sequence[EditRequest | Mapping[str, Any]], spec: MethodSpec) -> list[EditRequest]:
     """Requests, validated for a method.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from easyeditor.edits.edit import Edit
 from easyeditor.requests import EditRequest
+
+log = logging.getLogger(__name__)
 
 
 def record_of(
@@ -29,6 +32,25 @@ def record_of(
         "edit_id": outcome.id if isinstance(outcome, Edit) else None,
     }
     return record if isinstance(outcome, Edit) else {**record, "error": str(outcome)}
+
+
+def tell(records: Sequence[Mapping[str, Any]], edits: Sequence[Edit], sequential: bool, verbose: bool) -> None:
+    """Log records, and that a model which is returned carries none of several edits.
+
+    Args:
+        records: What was measured.
+        edits: The edits that were made.
+        sequential: Whether they stay on the model.
+        verbose: Whether to log the records.
+    """
+    for record in records if verbose else ():
+        log.info("%s: %s", record["case_id"], {key: record[key] for key in ("pre", "post")})
+    if len(edits) > 1 and not sequential:
+        log.warning(
+            "%d edits were each made on the pristine model and taken back: the returned model carries none of them. "
+            "The third value holds them; pass sequential_edit=True to keep all on the model.",
+            len(edits),
+        )
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -51,6 +51,38 @@ def smaller(edit: Edit, facts: Collection[int]) -> WeightEdit:
     return without_facts(edit, set(facts))
 
 
+def take_back(lm: LM, key: str | Edit | EditRequest) -> tuple[list[Edit], dict[str, str | None]]:
+    """Take edits or single facts off a model.
+
+    Args:
+        lm: The model.
+        key: See `easyeditor.editors.base.BaseEditor.rollback`.
+
+    Returns:
+        The edits that were taken back, as they were, and what stands in the place of each: its id -> that of the edit
+        without the facts, or None.
+
+    Raises:
+        UsageError: No edit on the model has this id or fact, or its method cannot take one out; nothing changes.
+    """
+    ledger = Ledger.of(lm)
+    wanted = key.id if isinstance(key, Edit) else key
+    if whole := [edit for edit in ledger.active if edit.id == wanted]:
+        rests: list[tuple[Edit, WeightEdit | None]] = [(edit, None) for edit in whole]
+    else:
+        named = [(edit, facts) for edit in ledger.active if (facts := facts_named(edit, wanted))]
+        rests = [(edit, smaller(edit, facts) if len(facts) < len(edit.requests) else None) for edit, facts in named]
+    if not rests:
+        there = ", ".join(f"{e.id} ({'; '.join(e.facts[:3])})" for e in ledger.active) or "none"
+        raise UsageError(f"No edit on the model has the id or the fact '{wanted}'. Edits on it: {there}.")
+    standing: dict[str, str | None] = {}
+    for edit, rest in rests:
+        standing[edit.id] = put_instead(lm, edit, rest) if rest is not None else None
+        if rest is None:
+            ledger.undo(edit.id)
+    return [edit for edit, _ in rests], standing
+
+
 def put_instead(lm: LM, edit: Edit, left: WeightEdit) -> str:
     """Put in the place of an edit what is left of it.
 

@@ -126,7 +126,11 @@ class Deferrals(Memory):
         super().__init__(len(first.query), "cos", first.query.device)
         self._shifts = Stack(len(first.shift), device=first.shift.device)
 
-    def add(self, entry: Deferral) -> None:
+    def become(self, entries: Sequence[Deferral]) -> None:
+        """Be the memory of these entries, oldest first; see `Memory.follow`."""
+        self.follow(entries, self._add)
+
+    def _add(self, entry: Deferral) -> None:
         """One more pair; at one and the same query the newer one holds."""
         distances, nearest = self.nearest(entry.query.to(self.keys.device)[None], SAME * SAME)
         if len(self) and distances[0].isfinite():
