@@ -34,6 +34,20 @@ class EditFailed(EasyEditError, RuntimeError):
     """The work was started and could not be finished; the model is as it was before."""
 
 
+def unwritable(what: str, error: Exception) -> EditFailed:
+    """The error for a file that could not be written, and was put in its place only when complete.
+
+    Args:
+        what: The file or folder, as the sentence begins with it.
+        error: What the system said.
+    """
+    said = getattr(error, "strerror", None) or str(error)
+    return EditFailed(
+        f"{what} could not be written: {said}. What was there before is untouched; free some space or choose another "
+        "place."
+    )
+
+
 class EditDidNothing(EditFailed):
     """An edit left every value of the model as it was."""
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from easyeditor.edits.edit import fingerprint
 from easyeditor.edits.ledger import Ledger
 from easyeditor.edits.store import library_version
-from easyeditor.errors import DamagedFile, EditFailed, UsageError, WrongBase
+from easyeditor.errors import DamagedFile, UsageError, WrongBase, unwritable
 from easyeditor.lm.model import LM
 
 FORMAT, FORMAT_VERSION = "easyeditor-archive", 1
@@ -87,11 +87,7 @@ def write_archive(
         file.write_text(json.dumps(whole, indent=1, ensure_ascii=False), encoding="utf-8")
         _move(file, folder / f"{name}.json")
     except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        raise EditFailed(
-            f"The archive in '{folder}' could not be written: {said}. What was there before is untouched; free some "
-            "space or choose another place."
-        ) from error
+        raise unwritable(f"The archive in '{folder}'", error) from error
     finally:
         file.unlink(missing_ok=True)
     for old in folder.glob(f"{name}-*.safetensors"):

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from easyeditor.core.retrieval import Retriever, SentenceModel, embed, normalised, retriever_over
-from easyeditor.errors import DamagedFile, EditFailed, UsageError
+from easyeditor.errors import DamagedFile, UsageError, unwritable
 from easyeditor.requests import EditRequest
 
 KINDS = ("copy", "update", "retain")
@@ -143,11 +143,7 @@ def written(model: Any, ds: Any, results_dir: str, method: str, name: str) -> Pa
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        raise EditFailed(
-            f"The embeddings '{path}' could not be written: {said}. What was there before is untouched; "
-            "free some space or choose another results_dir."
-        ) from None
+        raise unwritable(f"The embeddings '{path}'", error) from None
     finally:
         if temporary is not None and Path(temporary).exists():
             os.unlink(temporary)

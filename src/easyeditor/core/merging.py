@@ -7,6 +7,7 @@ generator. A test compares both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from easyeditor.errors import UsageError
 
 # What is thrown away (small values, or random ones), whether signs must agree, whether by the weights in place is
 # divided. The names are those of existing settings files; 'dare' is short for 'dare_linear'.
-RECIPES = {
+RECIPES = MappingProxyType({
     "ties": ("small", True, True),
     "magnitude": ("small", False, False),
     "magnitude_norm": ("small", False, True),
@@ -24,7 +25,7 @@ RECIPES = {
     "dare_linear": ("random", False, False),
     "dare_ties": ("random", True, False),
     "linear": (None, False, True),
-}
+})  # fmt: skip
 ALGORITHMS = ("slerp", *RECIPES)
 TINY = torch.finfo(torch.float32).tiny
 PARALLEL = 1e-6  # below this sine two directions are one

@@ -26,7 +26,7 @@ from easyeditor.edits.delta import from_tensors
 from easyeditor.edits.edit import DecodingEdit, Edit, LogitBias, ModuleEdit, PromptEdit, WeightEdit
 from easyeditor.edits.ledger import Ledger
 from easyeditor.edits.peft import CONFIG, WEIGHTS, peft_adapter
-from easyeditor.errors import DamagedFile, EditFailed, UsageError
+from easyeditor.errors import DamagedFile, UsageError, unwritable
 from easyeditor.lm.model import LM
 from easyeditor.registry import get_method
 
@@ -182,11 +182,7 @@ def replacing(folder: Path, force: bool, mark: str) -> Iterator[Path]:
             raise
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        said = getattr(error, "strerror", None) or str(error)
-        raise EditFailed(
-            f"'{folder}' could not be written: {said}. What was there before is untouched; "
-            "free some space or choose another place."
-        ) from error
+        raise unwritable(f"'{folder}'", error) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
