@@ -18,7 +18,7 @@ from easyeditor.requests import EditRequest
 
 TEXTS, TEXT_TOKENS = 50, 128  # held-out texts, and how much of each is read
 
-ROWS = 64  # prompts per forward pass
+ROWS = 128  # prompts per forward pass
 
 
 class Scoring:

@@ -16,6 +16,8 @@ from easyeditor.lm.decoding import decided, exits, watched_by
 from easyeditor.lm.model import LM, logits_of
 from easyeditor.lm.text import pad
 
+FEWER = 0.75  # rows that have ended leave a batch when no more than this share of it is left
+
 Choose = Callable[[Tensor], Tensor]  # (rows, vocab) -> (rows,)
 Watch = Callable[[int, Tensor], None]  # row, logits of its first new token (vocab,)
 
@@ -138,7 +140,7 @@ def _batch(
 ) -> list[list[int]]:
     ids, mask = pad([rows[i] for i in batch], lm.text.pad_id, "left", lm.device)
     out: list[list[int]] = [[] for _ in batch]
-    running = list(range(len(batch)))
+    running = there = list(range(len(batch)))  # rows that have not ended; rows that are passed through the model
     step = _Seq2SeqStep(lm, ids, mask) if lm.seq2seq else _CausalStep(lm, ids, mask)
     for n in range(max_new_tokens):
         with exits(lm, watched_by(lm.processors)) as seen:
@@ -147,15 +149,19 @@ def _batch(
             for i, row in enumerate(batch):
                 watch(row, logits[i])
         chosen = (logits.argmax(-1) if choose is None else choose(logits)).to(ids.device)
-        tokens = chosen.tolist()
-        for i in list(running):
-            if tokens[i] in lm.text.eos_ids or (one_line and _breaks(lm, tokens[i], out[i])):
-                running.remove(i)
-            else:
-                out[i].append(tokens[i])
+        tokens = dict(zip(there, chosen.tolist(), strict=True))
+        running = [
+            i for i in running if not (tokens[i] in lm.text.eos_ids or (one_line and _breaks(lm, tokens[i], out[i])))
+        ]
+        for i in running:
+            out[i].append(tokens[i])
         if not running:
             break
         step.append(chosen)
+        if choose is None and len(running) <= FEWER * len(there):  # what is drawn depends on how many rows there are
+            left = set(running)
+            if step.keep(torch.tensor([n for n, i in enumerate(there) if i in left], device=ids.device)):
+                there = running
     return out
 
 
@@ -189,6 +195,16 @@ class _CausalStep:
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], dim=1)
 
+    def keep(self, rows: Tensor) -> bool:
+        """Go on with some rows; false: the cache cannot, and all go on."""
+        if self.past is not None:
+            layers = getattr(self.past, "layers", ())
+            if not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
+                return False
+            self.past.batch_select_indices(rows)
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
+        return True
+
 
 class _Seq2SeqStep:
     """An encoder that runs once, and a decoder that grows by a token at a time."""
@@ -211,6 +227,10 @@ class _Seq2SeqStep:
         )
         self.past = getattr(out, "past_key_values", None) if "past_key_values" in self.lm.accepts else None
         return logits_of(out)[:, -1]
+
+    def keep(self, rows: Tensor) -> bool:
+        """All rows go on: decoders of this kind keep two caches and answer briefly."""
+        return False
 
     def append(self, tokens: Tensor) -> None:
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)

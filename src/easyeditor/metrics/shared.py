@@ -7,6 +7,7 @@ ways each time, and where the two differ every answer is read by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,22 +70,46 @@ def shared_logits(lm: LM, groups: Sequence[list[Row]]) -> tuple[Tensor, list[Row
         groups: Of `shared_rows`.
 
     Returns:
-        (tokens, vocab), row after row, and the rows; None if the model's cache cannot be given to several rows.
+        (tokens, vocab), row after row, and the rows in this order; None if the model's cache cannot be given to several
+        rows.
     """
     before, mask = pad([rows[0].before for rows in groups], lm.text.pad_id, "left", lm.device)
     out = lm.run(before, mask, position_ids=_positions(mask), use_cache=True, last_only=True)
     past: Any = getattr(out, "past_key_values", None)
     if not hasattr(past, "batch_select_indices"):
         return None
-    rows = [row for group in groups for row in group]
-    of = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=lm.device)
+    parts = _alike([(i, row) for i, group in enumerate(groups) for row in group])
+    found = [_continued(lm, mask, past if part is parts[-1] else deepcopy(past), part) for part in parts]
+    return torch.cat(found), [row for part in parts for _, row in part]
+
+
+def _alike(rows: Sequence[tuple[int, Row]]) -> list[list[tuple[int, Row]]]:
+    """Rows in parts of about equal length, so that short answers are not filled up to the longest."""
+    parts: list[list[tuple[int, Row]]] = []
+    for each in sorted(rows, key=lambda numbered: len(numbered[1].read)):
+        if not parts or len(each[1].read) > 1.5 * len(parts[-1][0][1].read) + 1:
+            parts.append([])
+        parts[-1].append(each)
+    return parts
+
+
+def _continued(lm: LM, mask: Tensor, past: Any, rows: Sequence[tuple[int, Row]]) -> Tensor:
+    """The logits of the answers of some rows, (tokens, vocab).
+
+    Args:
+        lm: The model.
+        mask: Of the prompts, (prompts, length).
+        past: The cache of the prompts; it is used up.
+        rows: The prompt of each row, by number, and the row.
+    """
+    of = torch.tensor([prompt for prompt, _ in rows], device=lm.device)
     past.batch_select_indices(of)
-    ids, filled = pad([row.read for row in rows], lm.text.pad_id, "right", lm.device)
+    ids, filled = pad([row.read for _, row in rows], lm.text.pad_id, "right", lm.device)
     whole = torch.cat([mask[of], filled], dim=1)
-    where = torch.tensor([(i, j) for i, row in enumerate(rows) for j in range(len(row.labels))], device=lm.device)
+    where = torch.tensor([(i, j) for i, (_, row) in enumerate(rows) for j in range(len(row.labels))], device=lm.device)
     with head_at(lm, where[:, 0], where[:, 1]) as at:
-        out = lm.run(ids, whole, position_ids=_positions(whole)[:, before.shape[1] :], past=past, use_cache=True)
-    return at.logits(logits_of(out)), rows
+        out = lm.run(ids, whole, position_ids=_positions(whole)[:, mask.shape[1] :], past=past, use_cache=True)
+    return at.logits(logits_of(out))
 
 
 def _positions(mask: Tensor) -> Tensor:
