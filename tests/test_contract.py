@@ -39,6 +39,7 @@ VARIANTS = (
     "AnyEdit",
     "DINM",
     "MEND",
+    "RLEdit",
     "StableEdit",
     "DEFER",
     "MELO",
@@ -50,6 +51,8 @@ BREAKS_AFTER = {
     "UltraEdit": 0,
     "StableEdit": 0,
     "MEND": 0,
+    "MALMEN": 0,
+    "RLEdit": 0,
     "KN": 1,
 }  # runs of the model that go well; for all others four
 # With learned positions and ReLU keys, texts in front of the prompt move the keys of a model this small too far; after
@@ -109,7 +112,7 @@ WRONG = {"ICE": {"use_icl_examples": True}, "IKE": {"demonstrations": "best"}, "
 def hparams_of(spec: MethodSpec, lm: LM, **more: object) -> HyperParams:
     known = {field.name for field in dataclasses.fields(spec.hparams)}
     site: dict[str, object] = {"inner_params": [lm.weight_name(len(lm.blocks) // 2)]} if "inner_params" in known else {}
-    site |= {"archive": toy.archive(lm)} if "archive" in known else {}
+    site |= {"archive": toy.archive(lm, spec.name)} if "archive" in known else {}
     return complete(
         spec.hparams(**{**site, **toy.SETTINGS.get(spec.name, {}), **OF_FAMILY.get((spec.name, lm.name), {}), **more}),
         lm,

@@ -58,6 +58,8 @@ EXISTING = {
     "qwen2-7b qwen2.5-7b t5-3B",
     "MEND": "baichuan-7b chatglm2-6b gpt-j-6B gpt2-xl gpt2-xl-instruct internlm-7b llama-7b llama-7b-instruct "
     "llama-7b-instruct-detoxifying llama3-8b mistral-7b mistral-7b-detoxifying qwen-7b qwen2-7b qwen2.5-7b t5-3B",
+    "MALMEN": "gpt2-xl",
+    "RLEdit": "",
     "UltraEdit": "gemma-3-27b gpt-j-6B llama3-8b-instruct mistral-7b phi-4 qwen2.5-7b",
     "StableEdit": "",
     "WISE": "gpt-j-6B gpt2-xl llama-7b llama3-8b llama3.1-8b llama3.2-3b mistral-7b qwen2.5-7b qwen3.5-9b",
@@ -115,6 +117,15 @@ QLORA: Fields = {
     "quant_type": (str,),
 }
 NAMET: Fields = {**LEAST_SQUARES, "mom2_update_weight": (list, float), "ks_bs": (int,)}
+SHIFTS: Fields = {
+    **{name: (float,) for name in ("lr", "meta_lr", "lr_lr", "loc_coef", "max_grad_norm")},
+    **{name: (int,) for name in ("rank", "n_blocks", "rephrases", "probes", "n_edits", "batch_size")},
+    **{name: (int,) for name in ("batch_size_once", "editor_batch_size", "max_iters", "val_interval")},
+    **{name: (int,) for name in ("val_batch_size", "val_steps", "early_stop_patience")},
+    "token": (str,),
+    "early_stop_key": (str,),
+    "inner_params": (list,),
+}
 LIFELONG: Fields = {
     "inner_params": (list,),
     "lr": (float,),
@@ -328,6 +339,12 @@ FIELDS: dict[str, Fields] = {
         "early_stop_key": (str,),
         "inner_params": (list,),
     },
+    "MALMEN": SHIFTS,
+    "RLEdit": {
+        **SHIFTS,
+        **{name: (float,) for name in ("reg_coef", "time_decay")},
+        **{name: (int,) for name in ("back_depth", "num_seq")},
+    },
     "UltraEdit": LIFELONG,
     "StableEdit": {**LIFELONG, "floor": (float,)},
 }
@@ -338,7 +355,7 @@ BY_DEPTH: dict[str, set[str]] = {
     **{name: set() for name in ("LoRA", "LoRA_uns", "QLoRA", "DPO")},
     **{name: {"inner_params"} for name in ("GRACE", "DEFER", "UltraEdit", "StableEdit", "WISE", "MEMOIR", "T-Patcher")},
     "MELO": set(),
-    "MEND": {"inner_params"},
+    **{name: {"inner_params"} for name in ("MEND", "MALMEN", "RLEdit")},
     "DINM": set(),
     "DoLa": set(),
     "DeCo": set(),
@@ -361,6 +378,8 @@ BANDS = {
     "EAMET",
     "CrispEdit",
     "MEND",
+    "MALMEN",
+    "RLEdit",
 }  # several blocks by depth
 
 

@@ -177,18 +177,25 @@ SETTINGS: dict[str, dict[str, object]] = {  # of each method, for models as smal
 }
 
 
-TRAINED = {"rank": 16, "edit_lr": 6e-3, "lr": 2e-3, "lr_lr": 1e-4, "cedit": 1.0, "rephrases": 0, "probes": 4,
-           "max_iters": 800, "accumulate_bs": 8, "batch_size_once": 8, "val_interval": 200, "val_batch_size": 1,
-           "grad_clip": 1.0, "final_eval": False}  # fmt: skip
+SHORT = {"rank": 16, "rephrases": 0, "probes": 4, "accumulate_bs": 8, "batch_size_once": 8, "val_batch_size": 1,
+         "final_eval": False}  # fmt: skip
+SHIFTS = {**SHORT, "lr": 1e-2, "meta_lr": 1e-3, "lr_lr": 1e-4, "n_edits": 1, "max_iters": 200, "val_interval": 100}
+TRAINED: dict[str, dict[str, object]] = {  # how the methods that are trained learn the toy world
+    "MEND": {**SHORT, "edit_lr": 6e-3, "lr": 2e-3, "lr_lr": 1e-4, "cedit": 1.0, "max_iters": 800, "val_interval": 200,
+             "grad_clip": 1.0},
+    "MALMEN": SHIFTS,
+    "RLEdit": {**SHIFTS, "n_blocks": 2, "num_seq": 4, "max_iters": 50, "accumulate_bs": 2, "val_batch_size": 4,
+               "val_interval": 25, "loc_coef": 1.0, "reg_coef": 0.0},
+}  # fmt: skip
 
 
-def archive(lm: LM) -> str:
-    """What MEND has learnt on a model, from the facts of the toy world; trained once for all test processes."""
-    from easyeditor.methods.mend import MENDTrainingHparams  # not for all that use a toy
+def archive(lm: LM, method: str = "MEND") -> str:
+    """What a method has learnt on a model, from the facts of the toy world; trained once for all test processes."""
+    from easyeditor.registry import get_method  # not for all that use a toy
     from easyeditor.trainer import EditTrainer
 
     mark = f"{lm.name}-{float(lm.mlp_out(0).matrix().abs().mean()):.2e}"  # the same in every precision
-    folder = Path(os.environ["EASYEDITOR_TAUGHT"]) / f"mend-{mark}"
+    folder = Path(os.environ["EASYEDITOR_TAUGHT"]) / f"{method.lower()}-{mark}"
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "results.json").exists():
             facts = [request(i, relation) for i in range(len(SUBJECTS)) for relation in ANSWERS]
@@ -196,7 +203,8 @@ def archive(lm: LM) -> str:
             place = lm.attn_out if lm.name in ("toy-gemma2", "toy-opt") else lm.mlp_out
             names = [place(i).weight_name for i in range(len(lm.blocks))][-2:]
             own = LM.wrap(copy.deepcopy(lm.model).float(), lm.tokenizer, name=lm.name)
-            config = MENDTrainingHparams(model_name="toy", inner_params=names, **TRAINED)
+            training = get_method(method).hparams.training
+            config = training(model_name="toy", inner_params=names, **TRAINED[method])
             EditTrainer(config, facts, facts, out=folder, lm=own).run()
             (folder / "results.json").touch()
     return str(folder)

@@ -89,6 +89,8 @@ NAMES = MappingProxyType(
         "EarlyStopper": "trainer",
         "RunningStatAverager": "trainer",
         "MENDTrainingHparams": "methods.mend",
+        "MALMENTrainingHparams": "methods.malmen",
+        "RLEditTrainingHparams": "methods.rledit",
         "load_archive": "core.archive",
         "Edit": "edits.edit",
         "WeightEdit": "edits.edit",

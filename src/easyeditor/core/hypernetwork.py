@@ -83,32 +83,24 @@ class Chain(nn.Module):
         return z
 
 
-class GradientTransform(nn.Module):
-    """u, v -> u~, v~ for projections of one shape.
+class Normaliser(nn.Module):
+    """Mean and deviation of the pairs that a network has seen before its training.
 
     Args:
-        d_in: The width of u.
-        d_out: The width of v.
-        design: What it looks like.
-        modes: How many projections share it.
-        generator: Draws its weights.
+        width: Of u and v together.
+        norm: False: pairs stay as they are.
     """
 
     count: Tensor
     mean: Tensor
     squares: Tensor
 
-    def __init__(self, d_in: int, d_out: int, design: Design, modes: int, generator: torch.Generator) -> None:
+    def __init__(self, width: int, norm: bool = True) -> None:
         super().__init__()
-        self.d_in, self.norm = d_in, design.norm
-        sides = design.sides if design.sides != "smaller" else ("gradients" if d_in > d_out else "inputs")
-        widths = {"both": {"both": d_in + d_out}, "separate": {"inputs": d_in, "gradients": d_out}}.get(
-            sides, {sides: d_in if sides == "inputs" else d_out}
-        )
-        self.chains = nn.ModuleDict({name: Chain(width, design, modes, generator) for name, width in widths.items()})
+        self.norm = norm
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
-        self.register_buffer("mean", torch.zeros(d_in + d_out, dtype=torch.double))
-        self.register_buffer("squares", torch.zeros(d_in + d_out, dtype=torch.double))
+        self.register_buffer("mean", torch.zeros(width, dtype=torch.double))
+        self.register_buffer("squares", torch.zeros(width, dtype=torch.double))
 
     def observe(self, u: Tensor, v: Tensor) -> None:
         """Let some pairs, (n, d_in) and (n, d_out), count in the normalisation."""
@@ -137,6 +129,27 @@ class GradientTransform(nn.Module):
         spread = torch.where(deviation > 0, deviation + EPS, torch.inf)
         return ((z.double() - self.mean) / spread).float()
 
+
+class GradientTransform(Normaliser):
+    """u, v -> u~, v~ for projections of one shape.
+
+    Args:
+        d_in: The width of u.
+        d_out: The width of v.
+        design: What it looks like.
+        modes: How many projections share it.
+        generator: Draws its weights.
+    """
+
+    def __init__(self, d_in: int, d_out: int, design: Design, modes: int, generator: torch.Generator) -> None:
+        super().__init__(d_in + d_out, design.norm)
+        self.d_in = d_in
+        sides = design.sides if design.sides != "smaller" else ("gradients" if d_in > d_out else "inputs")
+        widths = {"both": {"both": d_in + d_out}, "separate": {"inputs": d_in, "gradients": d_out}}.get(
+            sides, {sides: d_in if sides == "inputs" else d_out}
+        )
+        self.chains = nn.ModuleDict({name: Chain(width, design, modes, generator) for name, width in widths.items()})
+
     def forward(self, u: Tensor, v: Tensor, mode: Tensor) -> tuple[Tensor, Tensor]:
         """u~ and v~, (n, d_in) and (n, d_out), of the projection that each pair belongs to, (n,)."""
         z = self.normalised(u, v)
@@ -148,7 +161,31 @@ class GradientTransform(nn.Module):
         return done["inputs"], done["gradients"]
 
 
-class Hypernetwork(nn.Module):
+class ByShape(nn.Module):
+    """Networks for some projections, of which those of one shape share one.
+
+    Args:
+        shapes: Weight name -> (d_out, d_in), in an order that counts.
+        shared: False: each projection has its own.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, int]], shared: bool = True) -> None:
+        super().__init__()
+        self.names, self.shared = list(shapes), shared
+        self.groups: dict[str, list[str]] = {}
+        for name, (d_out, d_in) in shapes.items():
+            key = f"{d_in}x{d_out}" if shared else name.replace(".", "/")
+            self.groups.setdefault(key, []).append(name)
+        self.transforms = nn.ModuleDict()
+
+    def observe(self, found: Mapping[str, Factors]) -> None:
+        """Let factors, by weight name, count in the normalisation."""
+        for key, names in self.groups.items():
+            u, v = (torch.cat([getattr(found[name], side) for name in names]) for side in ("inputs", "gradients"))
+            self.transforms[key].observe(u, v)  # type: ignore[operator]
+
+
+class Hypernetwork(ByShape):
     """The transforms of some projections, and the learned step of each.
 
     Args:
@@ -158,24 +195,12 @@ class Hypernetwork(nn.Module):
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]], design: Design, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(shapes, design.shared)
         generator = torch.Generator().manual_seed(seed)
-        self.names, self.shared = list(shapes), design.shared
-        self.groups: dict[str, list[str]] = {}
-        for name, (d_out, d_in) in shapes.items():
-            key = f"{d_in}x{d_out}" if design.shared else name.replace(".", "/")
-            self.groups.setdefault(key, []).append(name)
         self.lrs = nn.Parameter(torch.full((len(self.names),), design.edit_lr))
-        self.transforms = nn.ModuleDict()
         for key, names in self.groups.items():
             d_out, d_in = shapes[names[0]]
             self.transforms[key] = GradientTransform(d_in, d_out, design, len(names), generator)
-
-    def observe(self, found: Mapping[str, Factors]) -> None:
-        """Let factors, by weight name, count in the normalisation."""
-        for key, names in self.groups.items():
-            u, v = (torch.cat([getattr(found[name], side) for name in names]) for side in ("inputs", "gradients"))
-            self.transforms[key].observe(u, v)  # type: ignore[operator]
 
     def forward(self, found: Mapping[str, Factors]) -> dict[str, Factors]:
         """The change of each weight, as factors: sum of gradients inputs^T = -lr sum of v~ u~^T.

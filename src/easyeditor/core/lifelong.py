@@ -176,23 +176,42 @@ def ridge(h: Tensor, v: Tensor, alpha: float) -> LowRank | Dense:
         EditFailed: The system is singular: `alpha` is too small for it.
     """
     h, v = h.double(), v.double()
-    if not (torch.isfinite(h).all() and torch.isfinite(v).all()):
-        raise NonFinite(
-            "The model's states or gradients are not finite numbers, so that nothing can be solved for. "
-            "Use a wider dtype, or take back the edit that did this."
-        )
+    _refuse_infinite(h, v)
     n, width = h.shape
     if n <= width:
-        factor = _factor(h @ h.T, alpha)
+        factor = ridge_factor(h @ h.T, alpha)
         left = torch.cholesky_solve(v, factor).T  # (d_out, n)
         if n * (left.shape[0] + width) <= left.shape[0] * width:
             return LowRank(left.float().contiguous(), h.T.float().contiguous())
         return Dense((left @ h).float())
-    factor = _factor(h.T @ h, alpha)
-    return Dense(torch.cholesky_solve(h.T @ v, factor).T.float().contiguous())
+    return ridge_of_sums(h.T @ h, h.T @ v, alpha)
 
 
-def _factor(gram: Tensor, alpha: float) -> Tensor:
+def ridge_of_sums(gram: Tensor, cross: Tensor, alpha: float) -> Dense:
+    """`ridge` from sums over tokens, which may come in parts.
+
+    Args:
+        gram: H^T H, (d_in, d_in), fp64.
+        cross: H^T V, (d_in, d_out), fp64.
+        alpha: a, above 0.
+
+    Raises:
+        NonFinite: The sums hold values that are not finite numbers.
+        EditFailed: The system is singular: `alpha` is too small for it.
+    """
+    _refuse_infinite(gram, cross)
+    return Dense(torch.cholesky_solve(cross, ridge_factor(gram, alpha)).T.float().contiguous())
+
+
+def _refuse_infinite(*tensors: Tensor) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise NonFinite(
+            "The model's states or gradients are not finite numbers, so that nothing can be solved for. "
+            "Use a wider dtype, or take back the edit that did this."
+        )
+
+
+def ridge_factor(gram: Tensor, alpha: float) -> Tensor:
     """The Cholesky factor of a Gram matrix plus a I."""
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(gram + alpha * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))

@@ -233,11 +233,23 @@ def rehearsed(lm: LM, sites: Sequence[Site], rows: Rows, changes: Mapping[str, F
         changes: Weight name -> the change of each edit as factors, whose ``rows`` name the edit.
         count: The number of edits.
     """
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(_added(lm, site, changes[site.weight_name], rows.edits, count))
+        return asked_again(lm, sites, rows)
+
+
+def asked_again(lm: LM, sites: Sequence[Site], rows: Rows) -> Outcome:
+    """What the model says of some rows as it is now, with the projections changed and nothing below them.
+
+    Args:
+        lm: The model; it is left as it was.
+        sites: The projections.
+        rows: The rows.
+    """
     pairs = [known.pairs[place] for known, place in zip(rows.known, rows.places, strict=True)]
     batch = answers(lm, pairs, with_end=_ends(lm))
     with lm.frozen(), ExitStack() as stack:
-        for site in sites:
-            stack.enter_context(_added(lm, site, changes[site.weight_name], rows.edits, count))
         stack.enter_context(_from_the_cut(lm, rows, batch, min(lm.block_of(site) for site in sites)))
         logits = answer_logits(lm, batch).float().log_softmax(-1)
     return _outcome(rows, batch, logits, _stays(lm, batch, rows.asked))

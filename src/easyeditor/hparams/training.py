@@ -50,6 +50,16 @@ class Trained(HyperParams):
     tokenizer_class: str | None = None  # kept for existing files
     tokenizer_name: str | None = None  # kept for existing files; the tokenizer is the model's own
 
+    @property
+    def per_batch(self) -> int:
+        """Facts of one batch of the training."""
+        return self.batch_size
+
+    @property
+    def largest_norm(self) -> float:
+        """What gradients are clipped to."""
+        return self.grad_clip
+
     def check(self) -> None:
         """Sizes that mean something, and choices that exist."""
         name = self.alg_name

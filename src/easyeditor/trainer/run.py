@@ -145,7 +145,7 @@ class _Loop:
         self.editor: Trainable = self.hparams.editor(self.lm)  # type: ignore[attr-defined]
         self.weights = [p for group in self.editor.parameters() for p in group["params"]]
         self.optimiser = self.accelerator.prepare(_optimiser(self.hparams, self.editor))
-        self.order = Order(trainer.train_set, self.hparams.batch_size, self.hparams.seed)
+        self.order = Order(trainer.train_set, self.hparams.per_batch, self.hparams.seed)
         self.stopper = EarlyStopper(self.hparams.early_stop_patience, self.hparams.early_stop_key)
         self.done, self.best, self.history = 0, False, list[dict[str, float]]()
 
@@ -226,7 +226,7 @@ class _Loop:
         self._reduce_gradients()
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimiser)
-        norm = float(nn.utils.clip_grad_norm_(self.weights, self.hparams.grad_clip))
+        norm = float(nn.utils.clip_grad_norm_(self.weights, self.hparams.largest_norm))
         if not math.isfinite(stats[TOTAL]) or (not math.isfinite(norm) and self.accelerator.scaler is None):
             raise NonFinite(self._lost(stats[TOTAL]))
         self.optimiser.step()
