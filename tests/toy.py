@@ -186,6 +186,9 @@ TRAINED: dict[str, dict[str, object]] = {  # how the methods that are trained le
     "MALMEN": SHIFTS,
     "RLEdit": {**SHIFTS, "n_blocks": 2, "num_seq": 4, "max_iters": 50, "accumulate_bs": 2, "val_batch_size": 4,
                "val_interval": 25, "loc_coef": 1.0, "reg_coef": 0.0},
+    "SERAC": {"width": 32, "lr": 3e-3, "cedit": 1.0, "supervised": True, "use_all_negatives": True, "rephrases": 2,
+              "probes": 4, "batch_size": 8, "accumulate_bs": 1, "max_iters": 100, "val_interval": 100,
+              "val_batch_size": 1, "grad_clip": 1.0, "final_eval": False},
 }  # fmt: skip
 
 

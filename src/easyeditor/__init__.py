@@ -89,6 +89,8 @@ NAMES = MappingProxyType(
         "EarlyStopper": "trainer",
         "RunningStatAverager": "trainer",
         "MENDTrainingHparams": "methods.mend",
+        "SERACTrainingHparams": "methods.serac",
+        "SERACHparams": "methods.serac",
         "MALMENTrainingHparams": "methods.malmen",
         "RLEditTrainingHparams": "methods.rledit",
         "load_archive": "core.archive",

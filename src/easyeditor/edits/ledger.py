@@ -248,6 +248,9 @@ class Ledger:
             self._handles.pop(name).remove()
         if hasattr(self._changes[name], "board"):
             self._changes[name].board = self._lm.kept.board
+        if hasattr(self._changes[name], "attach"):  # it concerns the model as a whole
+            self._handles[name] = self._changes[name].attach(self._lm)
+            return
         hook = _hook(self._changes[name], self._lm.sequence_first)
         module = self._lm.model.get_submodule(name)
         self._handles[name] = module.register_forward_hook(hook, with_kwargs=True)

@@ -30,7 +30,8 @@ from easyeditor.errors import DamagedFile, UsageError, unwritable
 from easyeditor.lm.model import LM
 from easyeditor.registry import get_method
 
-FORMAT, FORMAT_VERSION = "easyeditor-edit", 1
+FORMAT, PLAIN, SHARING = "easyeditor-edit", 1, 2  # the second version has tensors that stand for several edits
+FORMAT_VERSION = SHARING
 HEADER, TENSORS = "edit.json", "edit.safetensors"
 COMMON = tuple(f.name for f in dataclasses.fields(Edit))
 
@@ -54,10 +55,15 @@ def save_edits(edits: Edit | Sequence[Edit], folder: str | Path, force: bool = F
     if not found:
         raise UsageError("There is no edit to save. Pass at least one.")
     tensors: dict[str, Tensor] = {}
-    entries = []
+    shared: dict[str, str] = {}  # what several edits have in common, such as a trained network, is written once
+    entries, places = [], dict[tuple[Any, ...], tuple[str, Tensor]]()  # with the tensor, so that no other is put there
     for i, edit in enumerate(found):
-        for name, tensor in edit.tensors().items():
-            tensors[f"{i}/{name}"] = tensor.detach().cpu().contiguous().clone()
+        for part, tensor in edit.tensors().items():
+            name, place = f"{i}/{part}", (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
+            if (first := places.setdefault(place, (name, tensor))[0]) != name and tensor.numel():
+                shared[name] = first
+            else:
+                tensors[name] = tensor.detach().cpu().contiguous().clone()
         common = {name: getattr(edit, name) for name in COMMON}
         entries.append({"id": edit.id, "kind": edit.kind, **common, "config": edit.config()})
     with replacing(Path(folder), force, HEADER) as temporary:
@@ -67,9 +73,10 @@ def save_edits(edits: Edit | Sequence[Edit], folder: str | Path, force: bool = F
             save_file(adapter[1], temporary / WEIGHTS, metadata={"format": "pt"})
         header = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": SHARING if shared else PLAIN,
             "library_version": library_version(),
             "tensors_sha256": _sha256(temporary / TENSORS),
+            **({"shared": shared} if shared else {}),
             "edits": entries,
         }
         (temporary / HEADER).write_text(json.dumps(header, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
@@ -115,6 +122,7 @@ def load_edits(folder: str | Path) -> list[Edit]:
         if _sha256(path) != header.get("tensors_sha256"):
             raise DamagedFile(f"{TENSORS} is not the file that was saved with it")
         tensors = load_file(path)
+        tensors |= {name: tensors[first] for name, first in header.get("shared", {}).items()}
         return [_restore(entry, i, tensors) for i, entry in enumerate(header["edits"])]
     except UsageError:  # a method that is not installed here
         raise

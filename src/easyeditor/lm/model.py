@@ -33,11 +33,13 @@ class Kept:
         rewriters: See `LM`.
         processors: See `LM`.
         board: What wrappers of modules leave for those higher up in the same pass, by name.
+        picked: Which positions the head is applied to, where not to all; see `easyeditor.lm.resume.HeadAt`.
     """
 
     def __init__(self) -> None:
         self.ledger: Any = None
         self.board: dict[str, Any] = {}
+        self.picked: Any = None
         self.rewriters: list[Callable[[str], str]] = []
         self.processors: list[Callable[[Tensor, Tensor], Tensor]] = []
 

@@ -148,9 +148,11 @@ def head_at(lm: LM, rows: Tensor, columns: Tensor) -> Iterator[HeadAt]:
         yield at
         return
     handle = head.register_forward_pre_hook(pick)
+    lm.kept.picked = at
     try:
         yield at
     finally:
+        lm.kept.picked = None
         handle.remove()
 
 
