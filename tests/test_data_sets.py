@@ -37,6 +37,7 @@ FILES = {
     "knowedit.json": "knowedit",
     "leme.json": "leme",
     "mquake.json": "mquake",
+    "multitask.json": "multitask",
     "own.csv": "own",
     "own.jsonl": "own",
     "own_nested.json": "own",

@@ -55,7 +55,7 @@ def settings(name: str, lm: LM | str | None = None, **more: Any) -> HyperParams:
 def editor(name: str = "FT", lm: LM | None = None, **more: Any) -> BaseEditor:
     lm = lm or toy.taught("llama")
     known = methods()[name].hparams.__dataclass_fields__
-    trained = {"archive": toy.archive(lm)} if "archive" in known else {}
+    trained = {"archive": toy.archive(lm, name)} if "archive" in known else {}
     return BaseEditor.from_hparams(settings(name, lm, **trained, **more))
 
 

@@ -58,6 +58,8 @@ EXISTING = {
     "qwen2-7b qwen2.5-7b t5-3B",
     "MEND": "baichuan-7b chatglm2-6b gpt-j-6B gpt2-xl gpt2-xl-instruct internlm-7b llama-7b llama-7b-instruct "
     "llama-7b-instruct-detoxifying llama3-8b mistral-7b mistral-7b-detoxifying qwen-7b qwen2-7b qwen2.5-7b t5-3B",
+    "InstructEdit": "gpt2-xl llama-7b",
+    "KE": "gpt-j-6B gpt2-xl t5-3B",
     "MALMEN": "gpt2-xl",
     "RLEdit": "",
     "SERAC": "baichuan baichuan-7b gpt-j-6B gpt2-xl llama-7b t5-3B",
@@ -118,6 +120,16 @@ QLORA: Fields = {
     "quant_type": (str,),
 }
 NAMET: Fields = {**LEAST_SQUARES, "mom2_update_weight": (list, float), "ks_bs": (int,)}
+HYPERNETWORK: Fields = {
+    **{name: (float,) for name in ("lr", "edit_lr", "lr_lr", "cedit", "cloc", "grad_clip")},
+    **{name: (bool,) for name in ("norm", "combine", "shared")},
+    **{name: (int,) for name in ("rank", "n_hidden", "rephrases", "probes", "batch_size", "accumulate_bs")},
+    **{name: (int,) for name in ("max_iters", "val_interval", "val_batch_size", "val_steps")},
+    "early_stop_patience": (int,),
+    "early_stop_key": (str,),
+    "inner_params": (list,),
+}
+NETWORK = ("norm", "combine", "shared", "rank", "n_hidden")  # of those, what the network of MEND looks like
 SHIFTS: Fields = {
     **{name: (float,) for name in ("lr", "meta_lr", "lr_lr", "loc_coef", "max_grad_norm")},
     **{name: (int,) for name in ("rank", "n_blocks", "rephrases", "probes", "n_edits", "batch_size")},
@@ -331,14 +343,12 @@ FIELDS: dict[str, Fields] = {
         "adaptive_threshold": (float,),
         "p": (float,),
     },
-    "MEND": {
-        **{name: (float,) for name in ("lr", "edit_lr", "lr_lr", "cedit", "cloc", "grad_clip")},
-        **{name: (bool,) for name in ("norm", "combine", "shared")},
-        **{name: (int,) for name in ("rank", "n_hidden", "rephrases", "probes", "batch_size", "accumulate_bs")},
-        **{name: (int,) for name in ("max_iters", "val_interval", "val_batch_size", "val_steps")},
-        "early_stop_patience": (int,),
-        "early_stop_key": (str,),
-        "inner_params": (list,),
+    "MEND": HYPERNETWORK,
+    "InstructEdit": HYPERNETWORK,
+    "KE": {
+        **{name: kinds for name, kinds in HYPERNETWORK.items() if name not in NETWORK},
+        **{name: (float,) for name in ("lr_alpha", "margin")},
+        **{name: (int,) for name in ("lstm_dim", "condition_dim", "hidden_dim")},
     },
     "MALMEN": SHIFTS,
     "RLEdit": {
@@ -367,7 +377,7 @@ BY_DEPTH: dict[str, set[str]] = {
     **{name: set() for name in ("LoRA", "LoRA_uns", "QLoRA", "DPO")},
     **{name: {"inner_params"} for name in ("GRACE", "DEFER", "UltraEdit", "StableEdit", "WISE", "MEMOIR", "T-Patcher")},
     "MELO": set(),
-    **{name: {"inner_params"} for name in ("MEND", "MALMEN", "RLEdit")},
+    **{name: {"inner_params"} for name in ("MEND", "InstructEdit", "KE", "MALMEN", "RLEdit")},
     "SERAC": set(),
     "DINM": set(),
     "DoLa": set(),
@@ -393,6 +403,8 @@ BANDS = {
     "MEND",
     "MALMEN",
     "RLEdit",
+    "InstructEdit",
+    "KE",
 }  # several blocks by depth
 
 

@@ -341,7 +341,7 @@ def test_the_command(tmp_path: Path, write: Any) -> None:
     assert "damaged" in refused(*args, code=1)
     assert document(*args, "--force")["scores"] == found["scores"]
     assert (tmp_path / "out.bk").is_dir()
-    assert "Trained are: MEND" in refused(*args, "--method", "ROME", code=2)
+    assert "it edits at once. Trained are: " in refused(*args, "--method", "ROME", code=2)
     assert "exists already" in refused("train", "--data", data, "--out", tmp_path, code=2)
 
 

@@ -191,6 +191,13 @@ TRAINED: dict[str, dict[str, object]] = {  # how the methods that are trained le
               "val_batch_size": 1, "grad_clip": 1.0, "final_eval": False},
 }  # fmt: skip
 
+TRAINED |= {
+    "InstructEdit": TRAINED["MEND"],
+    "KE": {**{name: SHORT[name] for name in SHORT if name != "rank"},
+           "edit_lr": 0.1, "lr": 3e-3, "lr_alpha": 0.05, "margin": 3e-3, "cedit": 1.0, "lstm_dim": 16,
+           "condition_dim": 32, "hidden_dim": 16, "max_iters": 1200, "val_interval": 200, "grad_clip": 1.0},
+}  # fmt: skip
+
 
 def archive(lm: LM, method: str = "MEND") -> str:
     """What a method has learnt on a model, from the facts of the toy world; trained once for all test processes."""

@@ -29,6 +29,15 @@ NAMES = MappingProxyType(
         "restore_after_edit": "editors.old_tables",
         "seed_everything": "editors.old_tables",
         "load_hparams_config": "editors.old_tables",
+        "normalize_alg_name": "editors.old_names",
+        "normalize_ground_truths": "editors.old_names",
+        "make_logs": "editors.old_names",
+        "LORA": "editors.old_names",
+        "ULTRAEDIT": "editors.old_names",
+        "attach_topk_locality_metrics": "evaluate.topk",
+        "get_aligned_topk_token_ids": "evaluate.topk",
+        "apply_ike_to_per_model": "evaluate.personality_ike",
+        "GradientTransform": "core.hypernetwork",
         "Scores": "metrics.scores",
         "Judge": "metrics.judge",
         "quality": "metrics.quality",
@@ -86,6 +95,8 @@ NAMES = MappingProxyType(
         "test_seq2seq_batch_prediction_acc": "evaluate",
         "verify_answer": "evaluate",
         "EditTrainer": "trainer",
+        "MultiTaskTrainer": "trainer",
+        "PEREditTrainer": "trainer",
         "EarlyStopper": "trainer",
         "RunningStatAverager": "trainer",
         "MENDTrainingHparams": "methods.mend",
@@ -93,6 +104,8 @@ NAMES = MappingProxyType(
         "SERACHparams": "methods.serac",
         "MALMENTrainingHparams": "methods.malmen",
         "RLEditTrainingHparams": "methods.rledit",
+        "InstructEditTrainingHparams": "methods.instructedit",
+        "KETrainingHparams": "methods.ke",
         "load_archive": "core.archive",
         "Edit": "edits.edit",
         "WeightEdit": "edits.edit",
@@ -119,6 +132,7 @@ NAMES = MappingProxyType(
         "SanitizationTrainDataset": "data.sanitation",
         "WikiBigEditDataset": "data.wikibigedit",
         "MQuAKEDataset": "data.mquake",
+        "MultiTaskDataset": "data.multitask",
         "AKEWUnifiedDataset": "data.akew",
         "UnKEDataset": "data.unke",
         "HalluEditBenchDataset": "data.halluedit",
@@ -152,7 +166,7 @@ NAMES = MappingProxyType(
     }
 )
 
-TABLES = ("ALG_DICT", "DS_DICT", "PER_DS_DICT", "Safety_DS_DICT")
+TABLES = ("ALG_DICT", "PER_ALG_DICT", "DS_DICT", "PER_DS_DICT", "Safety_DS_DICT")
 
 __all__ = list(NAMES)
 

@@ -60,8 +60,9 @@ class Trainable(Protocol):
             groups: For each batch the requests that are edited together.
 
         Returns:
-            Name -> one number per batch, (groups,). ``loss/total`` is what is descended; ``loss/edit``, ``loss/loc``
-            and ``edit/acc`` are what the progress bar shows.
+            Name -> one number per batch, (groups,); in validation, one for each batch that it can be measured of.
+            ``loss/total`` is what is descended; ``loss/edit``, ``loss/loc`` and ``edit/acc`` are what the progress bar
+            shows.
         """
 
     def header(self) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from easyeditor.data.halluedit import HalluEditBenchDataset
 from easyeditor.data.knowedit import KnowEditDataset, WikiRecentDataset
 from easyeditor.data.longform import LongFormEditDataset
 from easyeditor.data.mquake import MQuAKEDataset
+from easyeditor.data.multitask import MultiTaskDataset
 from easyeditor.data.personality import PersonalityDataset
 from easyeditor.data.qaedit import QAEditDataset
 from easyeditor.data.relations import RelationsDataset
@@ -37,6 +38,7 @@ __all__ = [
     "KnowEditDataset",
     "LongFormEditDataset",
     "MQuAKEDataset",
+    "MultiTaskDataset",
     "PersonalityDataset",
     "QAEditDataset",
     "RelationsDataset",

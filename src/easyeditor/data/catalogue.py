@@ -14,6 +14,7 @@ from easyeditor.data.halluedit import HALLUEDIT
 from easyeditor.data.knowedit import KNOWEDIT
 from easyeditor.data.longform import LEME
 from easyeditor.data.mquake import MQUAKE
+from easyeditor.data.multitask import MULTITASK
 from easyeditor.data.own import OWN
 from easyeditor.data.personality import PERSONALITY
 from easyeditor.data.qaedit import QAEDIT
@@ -61,6 +62,19 @@ class DataSet:
 
 # In the order in which they are looked for: a layout comes before those whose fields are among its own.
 DATA_SETS = (
+    DataSet(
+        "multitask",
+        MULTITASK,
+        "MultiTaskDataset",
+        "edits of several tasks, each behind an instruction (InstructEdit)",
+        None,
+        "MIT",
+        "hub: zjunlp/KnowEdit; examples/InstructEdit.md of zjunlp/EasyEdit",
+        (
+            ("Relation_Specificity", "Forgetfulness", "unrelated_topic"),
+            ("Reasoning", "Subject_Aliasing", "Logical_Generalization"),
+        ),
+    ),
     DataSet(
         "leme",
         LEME,

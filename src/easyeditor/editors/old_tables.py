@@ -18,6 +18,7 @@ from easyeditor.editors.base import BaseEditor
 from easyeditor.editors.old_calls import apply_function
 from easyeditor.edits.edit import Edit
 from easyeditor.edits.ledger import Ledger
+from easyeditor.evaluate.personality_ike import apply_ike_to_per_model
 from easyeditor.hparams import read_settings
 from easyeditor.registry import get_method, methods
 
@@ -33,13 +34,16 @@ def table(name: str) -> dict[str, Any]:
     """A table of existing scripts by its name.
 
     Args:
-        name: ``ALG_DICT``: method name -> its ``apply`` function; or one of the tables of data set classes.
+        name: ``ALG_DICT``: method name -> its ``apply`` function; ``PER_ALG_DICT``: those for
+            personalities; or one of the tables of data set classes.
 
     Returns:
         A new dict.
     """
     if name == "ALG_DICT":
         return {known: apply_function(spec) for spec in methods().values() for known in (spec.name, *spec.aliases)}
+    if name == "PER_ALG_DICT":
+        return {"IKE": apply_ike_to_per_model, "MEND": apply_function(get_method("MEND"))}
     return {known: found for where, known, found in DATA_SETS if where == name}
 
 

@@ -48,7 +48,7 @@ class PerEditor(ScenarioEditor):
             if built is not None
             else [EditRequest.from_dict({new: item[old] for new, old in fields.items()}) for item in items]
         )
-        asked = [_opinions(items, i) for i in range(len(items))]
+        asked = [opinions_of(items, i) for i in range(len(items))]
 
         def measure(i: int, phase: str) -> dict[str, Any]:
             if phase == "pre":
@@ -62,7 +62,7 @@ class PerEditor(ScenarioEditor):
         return [{"case_id": r["case_id"], "time": r["time"], **r["post"]} for r in records], model, edits
 
 
-def _opinions(items: Sequence[Mapping[str, Any]], place: int) -> Opinions:
+def opinions_of(items: Sequence[Mapping[str, Any]], place: int) -> Opinions:
     """The opinions on a topic by side, and those on the next topic."""
     item = items[place]
     sided = list(zip(item["all_prompt"], item["all_comp"], item["all_per"], strict=True))

@@ -24,14 +24,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from easyeditor.core.archive import Archive, base_of, check_archive, command, read_archive
-from easyeditor.core.gradients import Factors
+from easyeditor.core.archive import Archive, base_of
 from easyeditor.core.hypernetwork import Design, Hypernetwork
 from easyeditor.core.rehearsal import Before, drawn, rehearsed, together
+from easyeditor.core.restored import archive_of, fill
 from easyeditor.core.training import TOTAL, Trainable, Visit
 from easyeditor.edits.delta import LowRank
 from easyeditor.edits.edit import Edit, WeightEdit
-from easyeditor.errors import DamagedFile, UsageError, WrongBase
+from easyeditor.errors import UsageError
 from easyeditor.hparams.training import Trained
 from easyeditor.lm.model import LM
 from easyeditor.lm.structure import Site
@@ -131,7 +131,7 @@ class MENDTraining:
         self.module = _network(self.sites, hparams.design(), hparams.seed).to(self.sites[-1].weight.device)
         self.before = Before(lm, self.sites, TOKENS, hparams.cache_gb * 2**30, hparams.seed)
         if hparams.archive is not None:
-            _load(self.module, self.sites, lm, hparams.archive)
+            _load(self.module, self.sites, lm, archive_of(hparams.archive, lm, hparams.alg_name))
 
     def prepare(self, visits: Sequence[Visit]) -> None:
         """Means and deviations of u and v, over the first requests of the training set."""
@@ -153,6 +153,10 @@ class MENDTraining:
         total = self.hparams.cedit * found["loss/edit"] + self.hparams.cloc * found["loss/loc"]
         return {**found, "loss/total_edit": total.detach(), TOTAL: total}
 
+    def edit(self, requests: Sequence[EditRequest]) -> WeightEdit:
+        """The edit that the network would make of some requests as it is now."""
+        return written(self.module, self.before, requests)
+
     def header(self) -> dict[str, Any]:
         """The projections, with the fingerprints of their weights."""
         names = [site.weight_name for site in self.sites]
@@ -167,12 +171,7 @@ def prepare(lm: LM, hparams: MENDHyperParams, corpus: Any = None) -> dict[str, A
         WrongBase: It was trained on another model.
         DamagedFile: It cannot be read.
     """
-    if hparams.archive is None:
-        raise UsageError(
-            f"MEND edits with a network that is trained once per model, and no archive is named. Train one: "
-            f"{command('MEND', lm.name)}; then pass archive='DIR' (--set archive=DIR)."
-        )
-    archive = read_archive(hparams.archive)
+    archive = archive_of(hparams.archive, lm, hparams.alg_name)
     names = archive.header.get("inner_params") or hparams.inner_params
     said = archive.header.get("settings", {})
     design = MENDHyperParams(**{name: said.get(name, getattr(hparams, name)) for name in ARCHITECTURE}).design()
@@ -191,17 +190,27 @@ def mend(
     history: Sequence[Edit],
 ) -> WeightEdit:
     """One edit for all requests: the sum of their changes."""
-    sites = [lm.site(path) for path in state["sites"]]
-    before = Before(lm, sites, TOKENS, 0.0)
-    with torch.no_grad():
-        found: dict[str, Factors] = state["network"](together([[before.factors(request) for request in requests]]))
-    changes = {
-        name: LowRank(
-            (factors.gradients * hparams.lr_scale).T.float().contiguous(), factors.inputs.T.float().contiguous()
-        )
-        for name, factors in found.items()
-    }
-    return WeightEdit(deltas=changes)
+    before = Before(lm, [lm.site(path) for path in state["sites"]], TOKENS, 0.0)
+    return written(state["network"], before, requests, hparams.lr_scale)
+
+
+@torch.no_grad()
+def written(network: Hypernetwork, before: Before, requests: Sequence[EditRequest], scale: float = 1.0) -> WeightEdit:
+    """The edit that a network makes of some requests.
+
+    Args:
+        network: What turns gradients into changes.
+        before: What the model says of the requests.
+        requests: The requests.
+        scale: Factor of the learned steps.
+    """
+    found = network(together([[before.factors(request) for request in requests]]))
+    return WeightEdit(
+        deltas={
+            name: LowRank((each.gradients * scale).T.float().contiguous(), each.inputs.T.float().contiguous())
+            for name, each in found.items()
+        }
+    )
 
 
 ARCHITECTURE = ("rank", "n_hidden", "combine", "one_sided", "x_only", "delta_only", "norm", "shared")
@@ -211,23 +220,10 @@ def _network(sites: Sequence[Site], design: Design, seed: int) -> Hypernetwork:
     return Hypernetwork({site.weight_name: (site.d_out, site.d_in) for site in sites}, design, seed)
 
 
-def _load(network: Hypernetwork, sites: Sequence[Site], lm: LM, source: str | Archive) -> None:
+def _load(network: Hypernetwork, sites: Sequence[Site], lm: LM, archive: Archive) -> None:
     """Put what an archive holds into a network that was built for it."""
-    archive = source if isinstance(source, Archive) else read_archive(source)
-    check_archive(archive, lm, "MEND")
     tensors = archive.tensors if archive.header else _of_easyedit(archive, network, sites)
-    own = network.state_dict()
-    if missing := sorted(set(own) ^ set(tensors)):
-        raise DamagedFile(
-            f"The archive '{archive.path}' does not fit the settings: '{missing[0]}' is in one of them only. "
-            "Use the settings that it was trained with, or train again."
-        )
-    if odd := [name for name in own if own[name].shape != tensors[name].shape]:
-        raise WrongBase(
-            f"The archive '{archive.path}' holds '{odd[0]}' of shape {list(tensors[odd[0]].shape)}; {lm.name} and the "
-            f"settings expect {list(own[odd[0]].shape)}. Load the model and the settings that it was trained with."
-        )
-    network.load_state_dict(dict(tensors))
+    fill(network, tensors, archive, lm)
 
 
 def _of_easyedit(archive: Archive, network: Hypernetwork, sites: Sequence[Site]) -> dict[str, Tensor]:

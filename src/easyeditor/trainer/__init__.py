@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from easyeditor.trainer.meters import EarlyStopper, RunningStatAverager
+from easyeditor.trainer.multitask import MultiTaskTrainer, PEREditTrainer
 from easyeditor.trainer.run import EditTrainer
 
-__all__ = ["EarlyStopper", "EditTrainer", "RunningStatAverager"]
+__all__ = ["EarlyStopper", "EditTrainer", "MultiTaskTrainer", "PEREditTrainer", "RunningStatAverager"]

@@ -96,6 +96,16 @@ class EditTrainer:
             self._lm = _loaded(self.config, self.accelerator)
         return self._lm
 
+    def editor(self, hparams: Trained, lm: LM) -> Trainable:
+        """What is trained.
+
+        Args:
+            hparams: Complete settings.
+            lm: The model, without edits.
+        """
+        made: Trainable = hparams.editor(lm)  # type: ignore[attr-defined]
+        return made
+
     def unfinished(self) -> bool:
         """Whether the folder holds a training of the same settings and data, which `run` goes on with."""
         return self._checkpoint() is not None
@@ -142,7 +152,7 @@ class _Loop:
         self.lm, self.accelerator = trainer.lm, trainer.accelerator
         self.lm.text.chat = trainer.config.use_chat_template
         self.hparams = complete(trainer.config, self.lm)
-        self.editor: Trainable = self.hparams.editor(self.lm)  # type: ignore[attr-defined]
+        self.editor = trainer.editor(self.hparams, self.lm)
         self.weights = [p for group in self.editor.parameters() for p in group["params"]]
         self.optimiser = self.accelerator.prepare(_optimiser(self.hparams, self.editor))
         self.order = Order(trainer.train_set, self.hparams.per_batch, self.hparams.seed)
@@ -260,16 +270,16 @@ class _Loop:
         batches = [range(i, min(i + size, len(requests))) for i in range(0, len(requests), size)]
         batches = batches[: self.hparams.val_steps]
         mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
-        sums: dict[str, float] = {"n": 0.0}
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
         for chunk in _chunks(mine, self.hparams.batch_size_once):
             with self.accelerator.autocast():
                 found = self.editor.losses([[self._seen(place) for place in batch] for batch in chunk])
             for name, values in found.items():
                 sums[name] = sums.get(name, 0.0) + float(values.double().sum())
-            sums["n"] += len(chunk)
-        total = self._over_all(sums)
-        count = total.pop("n")
-        return {f"{name}_val": value / count for name, value in total.items()}
+                counts[name] = counts.get(name, 0.0) + len(values)
+        total, count = self._over_all(sums), self._over_all(counts)
+        return {f"{name}_val": value / count[name] for name, value in total.items()}
 
     def _seen(self, place: int) -> Visit:
         return visit(self.trainer.val_set, place, None, self.hparams.seed)
