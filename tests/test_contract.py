@@ -19,37 +19,6 @@ from easyeditor.lm.model import LM
 from easyeditor.registry import MethodSpec, get_method, methods
 from easyeditor.requests import EditRequest
 
-FAST = ("gpt2", "llama", "gemma2", "falcon", "t5")
-VARIANTS = (
-    "R-ROME",
-    "MEMIT-FE",
-    "EMMET",
-    "PMET",
-    "SPHERE",
-    "CORE",
-    "EAMET",
-    "NAMET",
-    "SimIE",
-    "LocFT-BF",
-    "FT_uns",
-    "LoRA_uns",
-    "QLoRA",
-    "DPO",
-    "UnKE",
-    "AnyEdit",
-    "DINM",
-    "MEND",
-    "InstructEdit",
-    "KE",
-    "RLEdit",
-    "SERAC",
-    "StableEdit",
-    "DEFER",
-    "MELO",
-    "WISE",
-    "MEMOIR",
-    "T-Patcher",
-)  # of what runs on all
 BREAKS_AFTER = {
     "UltraEdit": 0,
     "StableEdit": 0,
@@ -101,7 +70,7 @@ PAIRS = [
     pytest.param(
         name,
         family,
-        marks=() if family in FAST[: 2 if name in VARIANTS else 5] else pytest.mark.slow,
+        marks=() if family in toy.fast(name) else pytest.mark.slow,
         id=f"{name}-{family}",
     )
     for name, spec in methods().items()

@@ -37,7 +37,11 @@ QUICK = {
 }
 # A text in front of the prompt tells one fact; a change normalised by its own statistics is as large as one of many.
 ALONE = ("ICE", "IKE", "StableEdit")
-EDITING = sorted(name for name, spec in methods().items() if spec.kind not in ("decoding", "answering"))
+EDITING = [
+    pytest.param(name, marks=() if name in (*toy.ON_ALL, *toy.ON_TWO) else pytest.mark.slow)
+    for name, spec in sorted(methods().items())
+    if spec.kind not in ("decoding", "answering")
+]
 PROBE = {"neighborhood": {"prompt": ["the home of cy to is"] * 3, "ground_truth": ["oslo"] * 3}}
 
 

@@ -80,6 +80,17 @@ SHAPE = {
 GATED = {**SHAPE, "num_key_value_heads": 2}
 GPT2 = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 128, "initializer_range": 0.08}
 DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+# What the fast lane runs; the full product of methods and families is slow.
+ON_ALL = ("FT", "ROME", "MEMIT", "GRACE", "ICE")
+ON_TWO = ("AlphaEdit", "LoRA", "CrispEdit", "UltraEdit", "KN", "IKE", "SCR", "WISE", "MEND", "SERAC", "MALMEN")
+
+
+def fast(name: str) -> tuple[str, ...]:
+    """The families on which the fast lane tries a method."""
+    families = ("gpt2", "llama", "gemma2", "falcon", "t5")
+    return families[: 5 if name in ON_ALL else 2 if name in ON_TWO else 1]
+
+
 FAMILIES = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {**GPT2, **DROPOUT}),
     "llama": ("LlamaForCausalLM", "LlamaConfig", GATED),
