@@ -72,12 +72,12 @@ class Pointer(nn.Module):
         own, before = ((start + step - back).clamp(min=0) * there for back in (0, 1))
         met = torch.cat([states[every, own], states[every, before]], dim=-1)
         offered = self.offers(met)
-        score = (offered[row] * self.asks(at)[:, None]).sum(-1) / self.reader.width**0.5
+        score = (offered[row] * self.asks(at)[:, None]).sum(-1).float() / self.reader.width**0.5
         share = score.masked_fill(~there[row], -torch.inf).softmax(-1)  # (places, longest)
         head = weight_of(lm.head)
         said = linear(self.up(at).to(head), head).float().softmax(-1).to(place)
         pointed = torch.zeros_like(said).scatter_add(1, tokens[row], share)
-        gate: Tensor = self.gate(at).sigmoid()
+        gate: Tensor = self.gate(at).float().sigmoid()
         return (gate * said + (1 - gate) * pointed + TINY).log()
 
 

@@ -127,7 +127,8 @@ class Deputy:
             found = self._answered(lm, seen, places_of(lm, seen, logits))
         if found is None:
             return None
-        at, share, logp = found
+        (rows, columns), share, logp = found
+        at = rows.to(logits.device), columns.to(logits.device)
         own = logits[at].float().softmax(-1)
         share = share.to(own)[:, None]
         mixed = ((1 - share) * own + share * logp.exp().to(own) + TINY).log()
@@ -160,7 +161,7 @@ class Deputy:
             for (row, fact), group in groups.items()
         ]
         found = [pair for group in groups.values() for pair in group]
-        rows_, columns = torch.tensor([place.at for place, _ in found], device=lm.device).T
+        rows_, columns = torch.tensor([place.at for place, _ in found]).T
         return (rows_, columns), torch.tensor([share for _, share in found]), own.counterfactual(lm, questions)
 
     def _on(self, lm: LM) -> Networks:

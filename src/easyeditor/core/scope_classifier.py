@@ -202,8 +202,9 @@ class Scope(nn.Module):
             block.requires_grad_(True)
 
     def vectors(self, lm: LM, texts: Sequence[Tokens]) -> Tensor:
-        """The vector of each text up to each of its tokens, (texts, longest, width)."""
-        return self.out(self.reader(lm, [(text,) for text in texts]))  # type: ignore[no-any-return]
+        """The vector of each text up to each of its tokens, (texts, longest, width), fp32."""
+        found: Tensor = self.out(self.reader(lm, [(text,) for text in texts]))
+        return found.float()
 
     def keys(self, lm: LM, prompts: Sequence[Tokens]) -> Tensor:
         """The vector of each prompt, (prompts, width)."""

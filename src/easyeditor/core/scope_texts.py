@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from easyeditor.core.counterfactual import Asked, asked
+from easyeditor.core.counterfactual import Asked, Question, asked
 from easyeditor.core.rehearsal import probes_of
+from easyeditor.core.scope_classifier import Scope
 from easyeditor.core.training import Visit
 from easyeditor.lm.model import LM
 
@@ -46,6 +47,30 @@ class Texts:
                 wordings[owner].add(prompt)
         other = torch.tensor([[prompt not in known for known in wordings] for prompt, _ in self.pairs]).to(own.device)
         return [own & other, ~own & other] if all_negatives else [own & other]
+
+    def alike(self, lm: LM, scope: Scope) -> tuple[Tensor, Tensor]:
+        """The logarithm of how alike each text is to each fact, where its prompt ends and at most, (texts, facts)."""
+        read = [text[:split] for text, split in zip(self.asked.texts, self.asked.splits, strict=True)]
+        found: Tensor = scope(lm, [self.asked.prompt(row) for row in self.facts], read)  # (texts, longest, facts)
+        lengths = torch.tensor([len(text) for text in read], device=found.device)
+        there = torch.arange(found.shape[1], device=found.device) < lengths[:, None]
+        last = torch.tensor(self.asked.ends, device=found.device) - 1
+        ends = found[torch.arange(len(last), device=found.device), last]
+        return ends, found.masked_fill(~there[..., None], -torch.inf).amax(1)
+
+    def questions(self, rows: Tensor, facts: Tensor) -> list[Question]:
+        """What the answers of some texts, (texts,) bool, would be if a fact of each, (texts,), were so."""
+        return [
+            Question(
+                self.asked.prompt(self.facts[fact]),
+                self.asked.answers[self.facts[fact]],
+                self.asked.texts[row],
+                self.asked.splits[row],
+                self.asked.places(row),
+            )
+            for row, (fact, wanted) in enumerate(zip(facts.tolist(), rows.tolist(), strict=True))
+            if wanted
+        ]
 
     def told(self) -> tuple[Tensor, Tensor]:
         """Of each token of the new answers the text, counted among those that ask, and the token, (tokens,) each."""

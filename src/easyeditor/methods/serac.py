@@ -169,13 +169,13 @@ class SERACTraining:
     def _of_one(self, group: Sequence[Visit]) -> dict[str, Tensor]:
         """The losses of the facts of one edit."""
         texts = drawn(self.lm, group, self.hparams.seed, self.hparams.rephrases, self.hparams.probes)
-        ends, most = self._alike(texts)
+        ends, most = texts.alike(self.lm, self.module.scope)
         about = texts.about()
         scope = -ends[about].mean()
         for outside in texts.outside(self.hparams.use_all_negatives):
             scope = scope - (1 - most[outside].exp()).clamp(min=FEW).log().sum() / outside.sum().clamp(min=1)
         if self.hparams.supervised:
-            said, loc = self._said(texts, texts.wanted, texts.owner), scope
+            said, loc = self._said(texts.questions(texts.wanted, texts.owner)), scope
         else:
             said, loc = self._mixed(texts, ends, most)
         rows, labels = texts.told()
@@ -195,31 +195,8 @@ class SERACTraining:
             TOTAL: total,
         }
 
-    def _alike(self, texts: Texts) -> tuple[Tensor, Tensor]:
-        """The logarithm of how alike each text is to each fact, where its prompt ends and at most, (texts, facts)."""
-        found = texts.asked
-        read = [text[:split] for text, split in zip(found.texts, found.splits, strict=True)]
-        alike = self.module.scope(self.lm, [found.prompt(row) for row in texts.facts], read)  # (texts, longest, facts)
-        lengths = torch.tensor([len(text) for text in read], device=alike.device)
-        there = torch.arange(alike.shape[1], device=alike.device) < lengths[:, None]
-        last = torch.tensor(found.ends, device=alike.device) - 1
-        ends = alike[torch.arange(len(last), device=alike.device), last]
-        return ends, alike.masked_fill(~there[..., None], -torch.inf).amax(1)
-
-    def _said(self, texts: Texts, rows: Tensor, facts: Tensor) -> Tensor:
-        """What the counterfactual model says at the answers of some texts if some facts are so, (tokens, vocab)."""
-        found = texts.asked
-        questions = [
-            Question(
-                found.prompt(of := texts.facts[fact]),
-                found.answers[of],
-                found.texts[row],
-                found.splits[row],
-                found.places(row),
-            )
-            for row, fact in enumerate(facts.tolist())
-            if bool(rows[row])
-        ]
+    def _said(self, questions: Sequence[Question]) -> Tensor:
+        """What the counterfactual model says, (tokens, vocab)."""
         said: Tensor = self.module.counterfactual(self.lm, questions)
         return said
 
@@ -230,7 +207,7 @@ class SERACTraining:
         with torch.no_grad(), self.lm.frozen():
             own = answer_logits(self.lm, texts.asked.batch).float().log_softmax(-1)
         weight = share.exp()[rows, None]
-        other = self._said(texts, torch.ones_like(texts.wanted), fact)
+        other = self._said(texts.questions(torch.ones_like(texts.wanted), fact))
         mixed = (weight * other.exp() + (1 - weight) * own.exp() + TINY).log()
         wanted = texts.wanted[rows]
         kl = (own.exp() * (own - mixed)).sum(1)[~wanted]
