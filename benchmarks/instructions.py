@@ -82,19 +82,29 @@ def trained(name: str, out: Path, requests: list[EditRequest], given: dict[str, 
     return {**scores, "seconds": time.perf_counter() - start}
 
 
-def scored(lm: LM, name: str, archive: Path, edits: list[EditRequest], asked: list[EditRequest]) -> dict[str, float]:
-    """Means over facts: whether the new answer comes, and whether probes stay, by free answers."""
+def scored(
+    lm: LM,
+    name: str,
+    archive: Path,
+    edits: Sequence[EditRequest],
+    asked: Sequence[EditRequest],
+    before: Sequence[list[str]],
+) -> list[tuple[float, list[float]]]:
+    """Of each fact whether the new answer comes, and of its probes whether they stay, by free answers."""
     spec = get_method(name)
     hparams: Any = complete(spec.hparams(archive=str(archive)), lm)  # type: ignore[call-arg]
-    state, hits, kept = prepared(lm, spec, hparams), [], []
-    for edit, request in zip(edits, asked, strict=True):
-        near = [probe.prompt for group in request.locality.values() for probe in group]
-        before = answer(lm, near, 16) if near else []
+    state, found = prepared(lm, spec, hparams), []
+    for edit, request, old in zip(edits, asked, before, strict=True):
         with applied(lm, make_edit(lm, spec, [edit], hparams, state)):
-            said = answer(lm, [request.prompt, *near], 16)
-        hits.append(exact_match(said[0], [request.target_new]) or 0.0)
-        kept += [float(new == old) for new, old in zip(said[1:], before, strict=True)]
-    return {"reliability": fmean(hits), "locality": fmean(kept)}
+            said = answer(lm, [request.prompt, *near(request)], 16)
+        hit = exact_match(said[0], [request.target_new]) or 0.0
+        found.append((hit, [float(a == b) for a, b in zip(said[1:], old, strict=True)]))
+    return found
+
+
+def near(request: EditRequest) -> list[str]:
+    """What must not move."""
+    return [probe.prompt for group in request.locality.values() for probe in group]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -116,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, requests in (("InstructEdit", facts), ("MEND", plain)):
         scores = trained(name, args.out / name, requests, given)
         console.print(f"{name}, {len(requests)} facts:", {k: round(v, 3) for k, v in sorted(scores.items())})
-    lm, found = LM.load("tinyfacts"), TinyFacts().requests("reporting", args.asked)
+    lm, found = LM.load("tinyfacts", dtype="float32"), TinyFacts().requests("reporting", args.asked)
     right, wrong = told(found), told(found, 1)
     rows = (
         ("the instruction", "InstructEdit", right, found),
@@ -128,13 +138,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table(
         "edited with", "tasks", "n", "reliability", "locality", title="InstructEdit on tinyfacts, reporting half"
     )
+    before = [answer(lm, near(request), 16) if near(request) else [] for request in found]
     for label, name, edits, asked in rows:
+        edited = scored(lm, name, args.out / name, edits, asked, before)
         for which, held in (("trained", False), ("held out", True)):
-            at = [i for i, request in enumerate(right) if (task_of(request.prompt) in HELD_OUT) is held]
-            if not at:
-                continue
-            means = scored(lm, name, args.out / name, [edits[i] for i in at], [asked[i] for i in at])
-            table.add_row(label, which, str(len(at)), *(f"{value:.3f}" for value in means.values()))
+            mine = [each for each, r in zip(edited, right, strict=True) if (task_of(r.prompt) in HELD_OUT) is held]
+            if mine:
+                hits, kept = [hit for hit, _ in mine], [same for _, each in mine for same in each]
+                table.add_row(label, which, str(len(mine)), f"{fmean(hits):.3f}", f"{fmean(kept):.3f}")
     console.print(table)
 
 

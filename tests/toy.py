@@ -185,6 +185,7 @@ SETTINGS: dict[str, dict[str, object]] = {  # of each method, for models as smal
     "KN": {"steps": 10, "adaptive_threshold": 0.5, "lr_scale": 1.0},
     "UltraEdit": {"inner_params": [], "lr": 2e-2, "warm_up": 300, "batch_size_once": 100},
     "StableEdit": {"inner_params": [], "lr": 4e-2, "warm_up": 600, "batch_size_once": 100, "alpha": 1.0},
+    "KE": {"lr_scale": 1.25},
 }
 
 
@@ -206,7 +207,8 @@ TRAINED |= {
     "InstructEdit": TRAINED["MEND"],
     "KE": {**{name: SHORT[name] for name in SHORT if name != "rank"},
            "edit_lr": 0.1, "lr": 3e-3, "lr_alpha": 0.05, "margin": 3e-3, "cedit": 1.0, "lstm_dim": 16,
-           "condition_dim": 32, "hidden_dim": 16, "max_iters": 1200, "val_interval": 200, "grad_clip": 1.0},
+           "condition_dim": 32, "hidden_dim": 16, "batch_size": 3, "accumulate_bs": 4, "max_iters": 1000,
+           "val_interval": 200, "grad_clip": 1.0},
 }  # fmt: skip
 
 
