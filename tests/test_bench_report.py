@@ -18,7 +18,9 @@ from typer.testing import CliRunner, Result
 from easyeditor.bench.page import page
 from easyeditor.bench.plan import Row
 from easyeditor.bench.plots import Bar, Dot, Pair, Track, bars, lines, pairs, scatter
-from easyeditor.bench.results import Mean, Results, RowResult, check_comparable
+from easyeditor.bench.probes import without_edited
+from easyeditor.bench.results import Mean, Results, RowResult, _scores_of, check_comparable
+from easyeditor.bench.schedule import Schedule
 from easyeditor.bench.tables import as_csv, cost_sheet, markdown, notes, quality_sheets, retention_sheet
 from easyeditor.cli import application
 from easyeditor.cli.bench import by_method
@@ -252,3 +254,30 @@ def test_a_damaged_run_is_told(finished: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match="newer version"):
         Results.of(tmp_path)
+
+
+def test_a_probe_that_is_edited_itself_is_none() -> None:
+    def line(i: int, step: int, near: list[str], **more: Any) -> dict[str, Any]:
+        request = {"prompt": f"q{i}", "rephrase_prompt": [f"r{i}"], "locality": {"near": {"prompt": near}}}
+        return case(i, 1.0, step=step, requested_rewrite=request) | more
+
+    def counted(lines: list[dict[str, Any]]) -> list[list[float | None]]:
+        return [each["post"]["locality"]["near_gen"] for each in lines]
+
+    def both(i: int, step: int, near: list[str], **more: Any) -> dict[str, Any]:
+        found = line(i, step, near, **more)
+        found["post"]["locality"]["near_gen"] = [1.0, 0.0]
+        return found
+
+    cases = [both(0, 0, ["q1", "else"]), both(1, 0, ["r2", "else"]), both(2, 1, ["q0", "q3"]), both(3, 1, ["x", "y"])]
+    again = [both(i, 0, [], kind="checkpoint", edited=end) for end in (2, 4) for i in range(end)]
+    right_after, later = without_edited(cases, again, Schedule("sequential", 2))
+    assert counted(right_after) == [[None, 0.0], [1.0, 0.0], [None, None], [1.0, 0.0]]
+    assert counted(later) == [[None, 0.0], [1.0, 0.0], [None, 0.0], [None, 0.0], [None, None], [1.0, 0.0]]
+    assert right_after[0]["post"]["locality"]["near_gen_content"] == ["a", "b"]
+    (batch, _) = without_edited(cases, [], Schedule("batch", 2))
+    assert counted(batch) == [[None, 0.0], [1.0, 0.0], [1.0, None], [1.0, 0.0]]
+    (alone, _) = without_edited([{**each, "step": i} for i, each in enumerate(cases)], [], Schedule("single"))
+    assert counted(alone) == [[1.0, 0.0]] * 4
+    means = _scores_of(right_after[2]["post"])
+    assert "locality.near_gen" not in means and means["rewrite_gen"] == 1.0

@@ -15,6 +15,8 @@ from easyeditor.bench.controls import faults
 from easyeditor.bench.folder import header_of, lines_of, seeds_of
 from easyeditor.bench.log import Line
 from easyeditor.bench.plan import Row
+from easyeditor.bench.probes import without_edited
+from easyeditor.bench.schedule import Schedule
 from easyeditor.bench.verdicts import judged, known, unjudged
 from easyeditor.editors.summary import summarise
 from easyeditor.errors import UsageError
@@ -79,6 +81,17 @@ class RowResult:
     about: list[Line] = field(default_factory=list)
     sequential: bool = False
     tasks: list[Line] = field(default_factory=list)
+
+    def leave_out(self, schedule: Schedule) -> None:
+        """Let probes that are edited themselves not count; see `easyeditor.bench.probes`."""
+        seeds = list(dict.fromkeys(line["seed"] for line in self.cases))
+        of = {
+            seed: [[x for x in lines if x["seed"] == seed] for lines in (self.cases, self.checkpoints)]
+            for seed in seeds
+        }
+        found = [without_edited(cases, checkpoints, schedule) for cases, checkpoints in of.values()]
+        self.cases = [line for cases, _ in found for line in cases]
+        self.checkpoints = [line for _, checkpoints in found for line in checkpoints]
 
     @property
     def failed(self) -> list[Line]:
@@ -269,6 +282,8 @@ class Results:
         before = before_of(folder)
         zeros = [line for found in rows if found.row.control == "no-op" for line in found.cases]
         pairs = [(before[line["fact"]], line["post"]) for line in zeros if line["fact"] in before]
+        for found in rows:
+            found.leave_out(Schedule("single") if found.row.in_context else Schedule.parse(str(plan["schedule"])))
         return cls(folder, header, rows, faults(pairs), (len(asked), sum(asked)))
 
     @property

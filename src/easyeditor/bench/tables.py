@@ -153,7 +153,10 @@ def notes(runs: Sequence[Results]) -> list[str]:
         why = {line["scores"]["unscored"] for each in run.rows for line in each.tasks if "unscored" in line["scores"]}
         found += [f"Capability unscored: {reason}" for reason in sorted(why)]
     found += ["Protocol: " + "; ".join(f"{name}: {value}" for name, value in runs[0].protocol.items()) + "."]
-    found.append("Mean ± standard error over n cases; a case with several probes of a kind counts once.")
+    found.append(
+        "Mean ± standard error over n cases; a case with several probes of a kind counts once. Locality leaves out "
+        "questions that the run has edited itself by then."
+    )
     found.append(UNITS)
     if any(each.row.in_context for run in runs for each in run.rows):
         found.append(f"{CONTEXT} The answer stands in the context: nothing was learnt, it was read.")
