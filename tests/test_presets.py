@@ -456,7 +456,7 @@ def test_row(method: str, name: str, row: dict[str, Any]) -> None:
     expected = set(FIELDS[method]) - (BY_DEPTH[method] if name == "default" else set())
     chosen = {"depth"} if name == "default" and BY_DEPTH[method] else set()
     chosen |= {"band"} if name == "default" and method in BANDS else set()
-    own = {"context_template_length_params", "mom2_tokens", "train_data", "batch_size_once"}
+    own = {"context_template_length_params", "mom2_tokens", "train_data", "batch_size_once", "n_asked"}
     more = own if name == "tinyfacts" else set()
     assert set(row) - {"source", "model_name"} - (more - expected) == expected | chosen
     for field in expected:
