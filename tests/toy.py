@@ -20,6 +20,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
+from easyeditor.edits.ledger import Ledger
 from easyeditor.lm.model import LM
 from easyeditor.requests import EditRequest, Probe
 
@@ -217,7 +218,8 @@ def archive(lm: LM, method: str = "MEND") -> str:
     from easyeditor.registry import get_method  # not for all that use a toy
     from easyeditor.trainer import EditTrainer
 
-    mark = f"{lm.name}-{float(lm.mlp_out(0).matrix().abs().mean()):.2e}"  # the same in every precision
+    base = Ledger.of(lm).base(lm.mlp_out(0).weight_name)  # as it was before any edit
+    mark = f"{lm.name}-{float(base.detach().float().abs().mean()):.2e}"  # the same in every precision
     folder = Path(os.environ["EASYEDITOR_TAUGHT"]) / f"{method.lower()}-{mark}"
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "results.json").exists():
