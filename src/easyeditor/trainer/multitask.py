@@ -15,7 +15,6 @@ from easyeditor.editors.per import opinions_of
 from easyeditor.edits.ledger import applied
 from easyeditor.hparams.training import Trained
 from easyeditor.lm.model import LM
-from easyeditor.methods.mend import MENDTraining
 from easyeditor.metrics.opinions import Opinions, opinion_scores
 from easyeditor.requests import EditRequest
 from easyeditor.trainer.run import EditTrainer
@@ -110,9 +109,10 @@ class ByTask:
         scores: dict[str, list[float]] = {}
         for group in groups:
             asked = self.opinions.get(group[0].request.prompt)
-            if len(group) > 1 or asked is None or not isinstance(self.inner, MENDTraining):
+            edit = getattr(self.inner, "edit", None)
+            if len(group) > 1 or asked is None or edit is None:
                 continue
-            with applied(self.lm, self.inner.edit([group[0].request])):
+            with applied(self.lm, edit([group[0].request])):
                 for name, value in opinion_scores(self.lm, asked).items():
                     scores.setdefault(name, []).extend([] if value is None else [value])
         return {name: Tensor(values) for name, values in scores.items() if values}
