@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from easyeditor.cli import application
 
 ROOT = Path(__file__).parents[1]
-SHORTER = "--limit 30 --set max_iters=4 --set val_interval=2".split()  # a training of twenty minutes else
+SHORTER = ["--limit", "30", "--set", "max_iters=4", "--set", "val_interval=2"]  # a training of twenty minutes else
 
 
 def blocks(language: str) -> list[str]:
