@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,3 +81,13 @@ class Trained(HyperParams):
             )
         if self.train_base:
             raise UsageError(f"Setting 'train_base' of {name} is true, but the model itself is never trained. Drop it.")
+
+
+def named_once(method: str, projections: Sequence[str]) -> None:
+    """See that no projection is named twice.
+
+    Raises:
+        UsageError: One is.
+    """
+    if len(set(projections)) < len(projections):
+        raise UsageError(f"Setting 'inner_params' of {method} names a projection twice. Name each once.")

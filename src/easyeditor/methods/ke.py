@@ -34,7 +34,7 @@ from easyeditor.core.training import TOTAL, Trainable, Visit
 from easyeditor.edits.delta import LowRank
 from easyeditor.edits.edit import Edit, WeightEdit
 from easyeditor.errors import UsageError
-from easyeditor.hparams.training import Trained
+from easyeditor.hparams.training import Trained, named_once
 from easyeditor.lm.generate import answer
 from easyeditor.lm.model import LM
 from easyeditor.lm.structure import Site
@@ -76,8 +76,7 @@ class _Ke(Trained):
                 raise UsageError(f"Setting '{name}' of KE is {value}. It has to be a number from 1 on.")
         if self.rephrases < 0:
             raise UsageError(f"Setting 'rephrases' of KE is {self.rephrases}. It has to be a number, 0 or above.")
-        if len(set(self.inner_params)) < len(self.inner_params):
-            raise UsageError("Setting 'inner_params' of KE names a projection twice. Name each once.")
+        named_once(self.alg_name, self.inner_params)
 
 
 @dataclass(kw_only=True)

@@ -33,7 +33,7 @@ from easyeditor.core.shifts import ShiftNetwork, Sums, in_parts
 from easyeditor.core.training import TOTAL, Trainable, Visit
 from easyeditor.edits.edit import Edit, WeightEdit
 from easyeditor.errors import UsageError
-from easyeditor.hparams.training import Trained
+from easyeditor.hparams.training import Trained, named_once
 from easyeditor.lm.model import LM
 from easyeditor.lm.structure import Site
 from easyeditor.registry import method
@@ -85,8 +85,7 @@ class Malmen(Trained):
                 f"Settings 'loc_coef' and 'rephrases' of {name} are {self.loc_coef} and {self.rephrases}. Both begin "
                 "at 0."
             )
-        if len(set(self.inner_params)) < len(self.inner_params):
-            raise UsageError(f"Setting 'inner_params' of {name} names a projection twice. Name each once.")
+        named_once(self.alg_name, self.inner_params)
 
     @property
     def per_batch(self) -> int:

@@ -32,7 +32,7 @@ from easyeditor.core.training import TOTAL, Trainable, Visit
 from easyeditor.edits.delta import LowRank
 from easyeditor.edits.edit import Edit, WeightEdit
 from easyeditor.errors import UsageError
-from easyeditor.hparams.training import Trained
+from easyeditor.hparams.training import Trained, named_once
 from easyeditor.lm.model import LM
 from easyeditor.lm.structure import Site
 from easyeditor.registry import method
@@ -86,8 +86,7 @@ class _Mend(Trained):
                 f"Settings 'rank', 'n_hidden', 'rephrases' and 'probes' of {name} are {self.rank}, {self.n_hidden}, "
                 f"{self.rephrases} and {self.probes}. They begin at 1, 0, 0 and 1."
             )
-        if len(set(self.inner_params)) < len(self.inner_params):
-            raise UsageError(f"Setting 'inner_params' of {name} names a projection twice. Name each once.")
+        named_once(self.alg_name, self.inner_params)
 
     def design(self) -> Design:
         """The network."""
