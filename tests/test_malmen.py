@@ -138,7 +138,7 @@ def test_two_stages_give_the_gradients_of_one(family: str) -> None:
     losses[TOTAL].sum().backward()
     had = {name: p.grad.clone() for name, p in made.module.named_parameters() if p.grad is not None}
     made.module.zero_grad()
-    tokens = together([[made.before(visit).factors for visit in visits()]])
+    tokens = together([[made.before.gradient(visit) for visit in visits()]])
     changes = {name: plain(made.module, name, tokens[name]) for name in tokens}
     rows = drawn([[(visit, made.before(visit))] for visit in visits()], made.hparams.seed, 1, 1)
     with changed(made.sites, {name: change.float() for name, change in changes.items()}):
@@ -170,7 +170,7 @@ def test_what_is_learnt_on_is_what_the_edit_does(family: str, token: str, tmp_pa
     found = made.losses([visits()])
     full = complete(MALMENHyperParams(archive=path, **settings(lm)), lm)
     edit = malmen(lm, FACTS[:4], full, prepare(lm, full), [])
-    tokens = together([[made.before(visit).factors for visit in visits()]])
+    tokens = together([[made.before.gradient(visit) for visit in visits()]])
     for site in made.sites:
         name = site.weight_name
         expected = made.module.change(name, tokens[name], 1024).detach().float()

@@ -158,7 +158,7 @@ def test_what_is_rehearsed_is_what_the_real_edit_does(family: str) -> None:
     lm = toy.build(family)
     editor = MENDTraining(lm, MENDTrainingHparams(**settings(lm, norm=False, edit_lr=5.0)))
     groups = [[(visit, editor.before(visit))] for visit in (Visit(toy.request(i), i, 0) for i in (0, 5))]
-    changes = editor.module(together([[known.factors for _, known in group] for group in groups]))
+    changes = editor.module(together([[editor.before.gradient(visit) for visit, _ in group] for group in groups]))
     rows = drawn(groups, 0, 1, 2)
     with torch.no_grad():
         found = rehearsed(lm, editor.sites, rows, changes, 2)
@@ -200,6 +200,9 @@ def test_what_is_not_kept_is_computed_again_to_the_same_bits() -> None:
     assert with_room(visit) is with_room(visit) and without(visit) is not without(visit)
     for one, other in zip(with_room(visit).states, without(visit).states, strict=True):
         assert torch.equal(one, other)
+    assert with_room.gradient(visit) is with_room.gradient(visit)
+    for name, again in without.gradient(visit).items():
+        assert torch.equal(with_room.gradient(visit)[name].gradients, again.gradients)
 
 
 def test_probes_come_from_the_record_or_from_another_one() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from easyeditor.lm.resume import Cut, cut_at, resumed
 from easyeditor.lm.structure import Site
 from easyeditor.requests import EditRequest, Probe
 
+T = TypeVar("T")
+
 MOST = 6  # wordings and probes of a request that are used, of each at most
 
 
@@ -35,7 +37,6 @@ class Known:
     """What the untouched model says of a request.
 
     Args:
-        factors: Weight name -> the gradient of the new answer's loss, of one prompt.
         pairs: Prompt and answer of each row: the prompt, its other wordings, then the probes.
         wordings: How many of the rows ask for the new answer.
         states: What passes below the lowest edited block, per row, (length, width); empty where it is not kept.
@@ -43,17 +44,10 @@ class Known:
             of a wording what follows the new answer.
     """
 
-    factors: Mapping[str, Factors]
     pairs: Sequence[tuple[str, str]]
     wordings: int
     states: Sequence[Tensor]
     log_probs: Sequence[Tensor]
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        pairs = [side for each in self.factors.values() for side in (each.inputs, each.gradients)]
-        return sum(each.numel() * each.element_size() for each in (*pairs, *self.states, *self.log_probs))
 
 
 class Before:
@@ -70,17 +64,28 @@ class Before:
     def __init__(self, lm: LM, sites: Sequence[Site], tokens: str, room: float, seed: int = 0) -> None:
         self.lm, self.sites, self.tokens, self.room, self.seed = lm, sites, tokens, room, seed
         self.first = 0 if lm.seq2seq or lm.sequence_first else min(lm.block_of(site) for site in sites)
-        self._kept: dict[tuple[bool, int], Known] = {}
+        self._known: dict[tuple[bool, int], Known] = {}
+        self._factors: dict[tuple[bool, int], dict[str, Factors]] = {}
 
     def __call__(self, visit: Visit) -> Known:
         """What it says of a request."""
-        if (known := self._kept.get(visit.key)) is not None:
-            return known
-        known = self._asked(visit)
-        if known.size <= self.room:
-            self.room -= known.size
-            self._kept[visit.key] = known
+        if (known := self._known.get(visit.key)) is None:
+            known = self._asked(visit)
+            self._keep(self._known, visit, known, [*known.states, *known.log_probs])
         return known
+
+    def gradient(self, visit: Visit) -> dict[str, Factors]:
+        """The factors of a request, as `factors` has them."""
+        if (found := self._factors.get(visit.key)) is None:
+            found = self.factors(visit.request)
+            self._keep(self._factors, visit, found, [t for f in found.values() for t in (f.inputs, f.gradients)])
+        return found
+
+    def _keep(self, kept: dict[tuple[bool, int], T], visit: Visit, found: T, tensors: Sequence[Tensor]) -> None:
+        size = sum(each.numel() * each.element_size() for each in tensors)
+        if size <= self.room:
+            self.room -= size
+            kept[visit.key] = found
 
     def factors(self, request: EditRequest) -> dict[str, Factors]:
         """Weight name -> the factors of the loss of its new answer: the mean over its tokens of -log p."""
@@ -103,7 +108,7 @@ class Before:
         lengths = batch.mask.sum(1).tolist()
         keep = self.first > 0 and isinstance(cut.output, Tensor)
         states = [cut.states[row, :n].clone() for row, n in enumerate(lengths)] if keep else []
-        return Known(self.factors(request), pairs, len(wordings), states, log_probs)
+        return Known(pairs, len(wordings), states, log_probs)
 
 
 def _ends(lm: LM) -> bool:

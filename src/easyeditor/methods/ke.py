@@ -158,7 +158,7 @@ class KETraining:
         """The Lagrangian of some edits, and its parts, (edits,)."""
         known = [[(visit, self.before(visit)) for visit in group] for group in groups]
         owner = torch.tensor([edit for edit, group in enumerate(groups) for _ in group])
-        found = together([[each.factors] for group in known for _, each in group])
+        found = together([[self.before.gradient(visit)] for group in groups for visit in group])
         changes = self.module(found, [self._text(visit) for group in groups for visit in group])
         changes = {name: dataclasses.replace(each, rows=owner[each.rows.cpu()]) for name, each in changes.items()}
         rows = drawn(known, self.hparams.seed, self.hparams.rephrases, self.hparams.probes)

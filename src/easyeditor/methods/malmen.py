@@ -143,7 +143,7 @@ class MALMENTraining:
     def prepare(self, visits: Sequence[Visit]) -> None:
         """Means and deviations of keys and gradients, over the first requests of the training set."""
         if self.hparams.archive is None:
-            self.module.observe(together([[self.before(visit).factors] for visit in visits[:SEEN_BEFORE]]))
+            self.module.observe(together([[self.before.gradient(visit)] for visit in visits[:SEEN_BEFORE]]))
 
     def parameters(self) -> list[dict[str, Any]]:
         """The network, and the steps with a step size of their own."""
@@ -158,7 +158,7 @@ class MALMENTraining:
 
     def _batch(self, group: Sequence[Visit]) -> dict[str, Tensor]:
         """The losses of one batch."""
-        tokens = together([[self.before(visit).factors for visit in group]])
+        tokens = together([[self.before.gradient(visit) for visit in group]])
         changes = {name: self.module.change(name, tokens[name], self.hparams.editor_batch_size) for name in tokens}
         means, gradients = self.lessons(self._asked(group), changes)
         return {**means, TOTAL: means[TOTAL] + carried(changes, gradients)}

@@ -135,7 +135,7 @@ class MENDTraining:
     def prepare(self, visits: Sequence[Visit]) -> None:
         """Means and deviations of u and v, over the first requests of the training set."""
         if self.hparams.norm and self.hparams.archive is None:
-            found = [self.before(visit).factors for visit in visits[:SEEN_BEFORE]]
+            found = [self.before.gradient(visit) for visit in visits[:SEEN_BEFORE]]
             self.module.observe(together([[each] for each in found]))
 
     def parameters(self) -> list[dict[str, Any]]:
@@ -146,7 +146,7 @@ class MENDTraining:
     def losses(self, groups: Sequence[Sequence[Visit]]) -> dict[str, Tensor]:
         """The losses of some edits, (edits,)."""
         known = [[(visit, self.before(visit)) for visit in group] for group in groups]
-        changes = self.module(together([[each.factors for _, each in group] for group in known]))
+        changes = self.module(together([[self.before.gradient(visit) for visit in group] for group in groups]))
         rows = drawn(known, self.hparams.seed, self.hparams.rephrases, self.hparams.probes)
         found = rehearsed(self.lm, self.sites, rows, changes, len(groups)).per_edit(len(groups))
         total = self.hparams.cedit * found["loss/edit"] + self.hparams.cloc * found["loss/loc"]
