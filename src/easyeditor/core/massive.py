@@ -17,7 +17,7 @@ from torch import Tensor
 from easyeditor.core.gradients import Factors, factors
 from easyeditor.core.hypernetwork import with_gradient
 from easyeditor.core.likelihood import answers, mean_per_row
-from easyeditor.core.rehearsal import Before, Outcome, Rows, asked_again, drawn
+from easyeditor.core.rehearsal import Before, Outcome, Rows, asked_again
 from easyeditor.core.training import TOTAL, Visit
 from easyeditor.lm.model import LM
 from easyeditor.lm.resume import with_weight
@@ -68,7 +68,6 @@ class Lessons:
 
     Args:
         before: What the untouched model says; its projections are those that change.
-        seed: Draws wordings and probes.
         wordings: How many other wordings of a fact the new answer is asked for in, per visit.
         probes: How many probes of a fact, per visit.
         loc: The weight of the divergence on what must not move.
@@ -76,7 +75,6 @@ class Lessons:
     """
 
     before: Before
-    seed: int
     wordings: int
     probes: int
     loc: float
@@ -108,7 +106,7 @@ class Lessons:
 
     def _part(self, visits: Sequence[Visit], changes: Changes) -> dict[str, Tensor]:
         """The losses of each of some facts, (facts,)."""
-        rows = drawn([[(visit, self.before(visit))] for visit in visits], self.seed, self.wordings, self.probes)
+        rows = self.before.anew(visits, self.wordings, self.probes)
         with changed(self.before.sites, changes):
             outcome = asked_again(self.before.lm, self.before.sites, rows)
         found = outcome.per_edit(len(visits))

@@ -28,6 +28,7 @@ from easyeditor.lm.structure import Site
 from easyeditor.requests import EditRequest, Probe
 
 T = TypeVar("T")
+Questions = tuple[list[tuple[str, str]], int]  # prompt and answer of each row, and how many ask for the new answer
 
 MOST = 6  # wordings and probes of a request that are used, of each at most
 
@@ -70,7 +71,7 @@ class Before:
     def __call__(self, visit: Visit) -> Known:
         """What it says of a request."""
         if (known := self._known.get(visit.key)) is None:
-            known = self._asked(visit)
+            (known,) = self._asked([self._questions(visit)])
             self._keep(self._known, visit, known, [*known.states, *known.log_probs])
         return known
 
@@ -93,22 +94,60 @@ class Before:
         found = factors(self.lm, self.sites, batch, self.tokens, lambda log_probs: -log_probs.mean())
         return {site.weight_name: with_gradient(found[site.name]) for site in self.sites}
 
-    @torch.no_grad()
-    def _asked(self, visit: Visit) -> Known:
+    def anew(self, visits: Sequence[Visit], wordings: int, probes: int) -> Rows:
+        """Some rows of each request, asked in one pass and not kept: of a set that is too large for that.
+
+        Args:
+            visits: The requests; each is an edit of its own.
+            wordings: How many other wordings of each at most.
+            probes: How many probes of each at most.
+        """
+        asked = [self._questions(visit) for visit in visits]
+        chosen = [_places(visit, self.seed, *each, wordings, probes) for visit, each in zip(visits, asked, strict=True)]
+        some = [
+            ([pairs[at] for at in places], sum(at < own for at in places))
+            for (pairs, own), places in zip(asked, chosen, strict=True)
+        ]
+        known = self._asked(some)
+        sizes = torch.tensor([len(places) for places in chosen])
+        return Rows(
+            [each for each, places in zip(known, chosen, strict=True) for _ in places],
+            [at for places in chosen for at in range(len(places))],
+            torch.repeat_interleave(torch.arange(len(visits)), sizes),
+        )
+
+    def _questions(self, visit: Visit) -> Questions:
         request, render = visit.request, self.lm.text.render
         wordings = (request.prompt, *request.rephrase_prompts[:MOST])
         probes = [(probe.prompt, _answer(probe)) for probe in probes_of(visit, self.seed)]
-        pairs = [*((render(prompt), request.target_new) for prompt in wordings), *((render(p), a) for p, a in probes)]
-        batch = answers(self.lm, pairs, with_end=_ends(self.lm))
+        asked = [(render(prompt), request.target_new) for prompt in wordings]
+        return [*asked, *((render(prompt), answer) for prompt, answer in probes)], len(asked)
+
+    @torch.no_grad()
+    def _asked(self, questions: Sequence[Questions]) -> list[Known]:
+        """What the model says of the rows of some requests, in one pass."""
+        batch = answers(self.lm, [pair for pairs, _ in questions for pair in pairs], with_end=_ends(self.lm))
         with cut_at(self.lm, self.first) as cut:
             logits = answer_logits(self.lm, batch)
-        asked = torch.arange(len(pairs)) < len(wordings)
-        stays = _stays(self.lm, batch, asked)
-        log_probs = [logits[(batch.rows == row) & stays].float().log_softmax(-1) for row in range(len(pairs))]
+        asked = torch.cat([torch.arange(len(pairs)) < wordings for pairs, wordings in questions])
+        stays, rows = _stays(self.lm, batch, asked), range(len(batch.mask))
+        log_probs = [logits[(batch.rows == row) & stays].float().log_softmax(-1) for row in rows]
         lengths = batch.mask.sum(1).tolist()
         keep = self.first > 0 and isinstance(cut.output, Tensor)
         states = [cut.states[row, :n].clone() for row, n in enumerate(lengths)] if keep else []
-        return Known(pairs, len(wordings), states, log_probs)
+        found, start = [], 0
+        for pairs, wordings in questions:
+            mine = slice(start, start := start + len(pairs))
+            found.append(Known(pairs, wordings, states[mine], log_probs[mine]))
+        return found
+
+
+def _places(
+    visit: Visit, seed: int, pairs: Sequence[tuple[str, str]], asked: int, wordings: int, probes: int
+) -> list[int]:
+    """Which rows of a request are drawn for a visit: its prompt, some of its wordings and some of its probes."""
+    rng, others, rest = visit.drawing(seed), range(1, asked), range(asked, len(pairs))
+    return [0, *rng.sample(others, min(wordings, len(others))), *rng.sample(rest, min(probes, len(rest)))]
 
 
 def _ends(lm: LM) -> bool:
@@ -186,9 +225,7 @@ def drawn(groups: Sequence[Sequence[tuple[Visit, Known]]], seed: int, wordings: 
     edits: list[int] = []
     for edit, group in enumerate(groups):
         for visit, each in group:
-            rng, total = visit.drawing(seed), len(each.pairs)
-            others, rest = range(1, each.wordings), range(each.wordings, total)
-            chosen = [0, *rng.sample(others, min(wordings, len(others))), *rng.sample(rest, min(probes, len(rest)))]
+            chosen = _places(visit, seed, each.pairs, each.wordings, wordings, probes)
             known += [each] * len(chosen)
             places += chosen
             edits += [edit] * len(chosen)

@@ -131,7 +131,6 @@ class MALMENTraining:
         self.before = Before(lm, self.sites, hparams.token, hparams.cache_gb * 2**30, hparams.seed)
         self.lessons = Lessons(
             self.before,
-            seed=hparams.seed,
             wordings=hparams.rephrases,
             probes=hparams.probes,
             loc=hparams.loc_coef,
