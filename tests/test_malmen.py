@@ -15,7 +15,7 @@ from easyeditor.core.gradients import Factors
 from easyeditor.core.hypernetwork import with_gradient
 from easyeditor.core.lifelong import ridge
 from easyeditor.core.massive import carried, changed, tokens_of
-from easyeditor.core.rehearsal import Before, asked_again, drawn, together
+from easyeditor.core.rehearsal import Before, Rows, asked_again, drawn, together
 from easyeditor.core.shifts import ShiftNetwork, Sums
 from easyeditor.core.training import TOTAL, Visit
 from easyeditor.edits.delta import Dense, LowRank, dense
@@ -25,6 +25,7 @@ from easyeditor.hparams import complete
 from easyeditor.lm.model import LM
 from easyeditor.methods.malmen import MALMENHyperParams, MALMENTraining, MALMENTrainingHparams, malmen, prepare
 from easyeditor.methods.rledit import RLEditTraining, RLEditTrainingHparams
+from easyeditor.requests import EditRequest
 from easyeditor.trainer import EditTrainer
 
 SHAPES = {"a.weight": (3, 5), "b.weight": (3, 5), "c.weight": (4, 3)}
@@ -358,3 +359,19 @@ def test_a_step_may_look_at_some_of_the_facts() -> None:
     later = [Visit(visit.request, visit.place, epoch) for epoch in range(1, 9) for visit in group[:1]]
     drawn_ = {tuple(v.place for v in made._asked([first, *group[1:]])) for first in later}
     assert len(drawn_) > 1, "others are drawn another time"
+
+
+def test_what_is_edited_together_is_no_probe() -> None:
+    lm = toy.build("llama")
+    made, one = editor(lm), toy.request(0)
+    probe = next(probe for group in one.locality.values() for probe in group)
+    other = EditRequest(prompt=probe.prompt, target_new=one.target_new, locality=one.locality)
+    group = [(visit, made.before(visit)) for visit in (Visit(one, 0, 0), Visit(other, 1, 0))]
+
+    def probes(rows: Rows) -> set[str]:
+        pairs = [known.pairs[place] for known, place in zip(rows.known, rows.places, strict=True)]
+        return {pair[0] for pair, asked in zip(pairs, rows.asked.tolist(), strict=True) if not asked}
+
+    assert probe.prompt in probes(drawn([group[:1]], 0, 0, 9)) and probe.prompt not in probes(drawn([group], 0, 0, 9))
+    assert probe.prompt in probes(made.before.anew([group[0][0]], set(), 0, 9))
+    assert probe.prompt not in probes(made.before.anew([group[0][0]], {probe.prompt}, 0, 9))

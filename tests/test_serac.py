@@ -360,6 +360,15 @@ def test_archives_of_easyedit_are_read(tmp_path: Path) -> None:
         assert torch.allclose(found[name].float(), expected.float()), name
 
 
+def test_an_old_archive_of_other_networks_is_refused(tmp_path: Path) -> None:
+    lm = toy.build("gpt2")
+    torch.save({"model": {"mend.(8, 8).mlp.layers.0.u": torch.zeros(2), "edit_lrs": torch.zeros(1)}}, tmp_path / "mend")
+    torch.save({"model": {"classifier.pre_classifier.weight": torch.zeros(2)}}, tmp_path / "cross")
+    for name, named in (("mend", {}), ("mend", folders(tmp_path, lm)), ("cross", {})):
+        with pytest.raises(DamagedFile, match=r"other networks than the settings name.*cls_name"):
+            prepare(lm, SERACHyperParams(archive=str(tmp_path / name), **SMALL, **named))
+
+
 def test_edits_of_two_archives_do_not_share_a_memory(tmp_path: Path) -> None:
     lm = toy.build("llama")
     (first,), (second,) = (edits(lm, tmp_path / str(s), toy.request(s), seed=s) for s in (0, 1))

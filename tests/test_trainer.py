@@ -18,13 +18,18 @@ from torch import nn
 import toy
 from easyeditor.core.archive import read_archive
 from easyeditor.core.training import TOTAL, Visit
-from easyeditor.errors import DamagedFile, EditFailed, NonFinite, UsageError
+from easyeditor.data.tinyfacts import TinyFacts
+from easyeditor.edits.delta import LowRank
+from easyeditor.edits.edit import WeightEdit
+from easyeditor.edits.ledger import Ledger
+from easyeditor.errors import DamagedFile, EditFailed, NonFinite, UsageError, WrongBase
 from easyeditor.lm.model import LM
 from easyeditor.methods.mend import MENDHyperParams, MENDTraining, MENDTrainingHparams, prepare
-from easyeditor.requests import EditRequest
+from easyeditor.requests import EditRequest, Probe
 from easyeditor.trainer import EarlyStopper, EditTrainer, RunningStatAverager
 from easyeditor.trainer.facts import Order, requests_of, split
-from easyeditor.trainer.run import iterations
+from easyeditor.trainer.folder import would_be_missed
+from easyeditor.trainer.run import _Loop, iterations
 from test_cli import document, refused
 
 FACTS = [toy.request(i, relation) for i in range(4) for relation in ("home", "job")]
@@ -132,6 +137,92 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path) -> No
     assert lines == sorted(lines) and lines.count(12) == 2, "what came after the checkpoint is logged once"
 
 
+def interrupted(run: EditTrainer, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Run until some steps are done."""
+    plain, seen = _Loop._step, list[int]()
+
+    def step(self: _Loop, size: int) -> dict[str, float]:
+        seen.append(size)
+        if len(seen) > after:
+            raise KeyboardInterrupt
+        return plain(self, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Loop, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_stopped_early_in_mixed_precision_it_goes_on_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, after: int
+) -> None:
+    given = {"mixed_precision": "bf16", "max_iters": 8, "val_interval": 4}
+    interrupted(trainer(tmp_path / "out", **given), monkeypatch, after)
+    again = trainer(tmp_path / "out", **given)
+    assert again.unfinished() and would_be_missed(tmp_path / "out") is (after == 3)
+    again.run()
+    trainer(tmp_path / "straight", cache_gb=0.0, **given).run()
+    digests = [[path.name for path in (tmp_path / name).glob("archive-*")] for name in ("out", "straight")]
+    assert digests[0] == digests[1] and len(digests[0]) == 1
+
+
+def test_what_never_took_a_step_is_no_loss(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    interrupted(trainer(tmp_path / "out"), monkeypatch, 0)
+    trainer(tmp_path / "out", max_iters=4, rank=3).run()
+    assert not (tmp_path / "out.bk").exists() and read_archive(tmp_path / "out").header["settings"]["rank"] == 3
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / ".checkpoint.7.tmp").touch()
+    assert not would_be_missed(tmp_path / "cut") and not would_be_missed(tmp_path / "nowhere")
+    (tmp_path / "cut" / "notes.txt").touch()
+    assert would_be_missed(tmp_path / "cut")
+
+
+def test_a_training_does_not_go_on_with_another_base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    interrupted(trainer(tmp_path / "out"), monkeypatch, 3)
+    other = toy.build("llama")
+    with torch.no_grad():
+        other.blocks[0].self_attn.q_proj.weight.mul_(2)
+    with pytest.raises(WrongBase, match=r"self_attn\.q_proj"):
+        trainer(tmp_path / "out", other).run()
+    (tmp_path / "out" / "checkpoint.json").write_text("{")
+    with pytest.raises(DamagedFile, match="--force"):
+        trainer(tmp_path / "out").run()
+    assert trainer(tmp_path / "out", fresh=True).run()
+
+
+def test_a_checkpoint_is_written_when_time_has_passed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = trainer(tmp_path / "out", val_interval=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr("easyeditor.trainer.run.SECONDS", 0.0)
+        interrupted(run, monkeypatch, 2)
+    assert read_archive(tmp_path / "out", "checkpoint").header["done"] == 4
+
+
+TWO = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+import torch
+torch.set_num_threads(1)
+import test_trainer as t
+folder = t.Path(sys.argv[1]) / os.environ["RANK"]  # a disk of its own
+t.trainer(folder, max_iters=4).run()
+t.trainer(folder, max_iters=8).run()
+"""
+
+
+def test_two_machines_with_disks_of_their_own_do_what_one_does(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    env = {**os.environ, "EASYEDITOR_CACHE": str(tmp_path), "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launch, str(tmp_path), str(Path(__file__).parent)], env=env, check=True, timeout=300)
+    trainer(tmp_path / "one", max_iters=8).run()
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "0")
+    assert all(torch.allclose(one[name].double(), two[name].double(), atol=1e-6) for name in one)
+    assert not (tmp_path / "1").exists() or not list((tmp_path / "1").glob("archive*"))
+
+
 def test_a_finished_training_is_not_repeated_and_another_is_moved_aside(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     first = trainer(folder, max_iters=4).run()
@@ -232,6 +323,32 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_archive(monkeypatch: pyte
     assert read_archive(tmp_path / "out", "checkpoint").header["done"] == 12
 
 
+def test_a_validation_that_is_no_number_ends_it_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(NonFinite, match="there is no archive yet"):
+        scripted(monkeypatch, tmp_path / "a", [float("nan")]).run()
+    with pytest.raises(NonFinite, match="best archive so far"):
+        scripted(monkeypatch, tmp_path / "b", [5.0, float("inf")]).run()
+    assert read_archive(tmp_path / "b", "checkpoint").header["done"] == 1, "the last good checkpoint stays"
+
+
+@pytest.mark.parametrize("opt", ["LBFGS", "SparseAdam", "Optimizers"])
+def test_an_optimiser_that_cannot_train_is_refused(tmp_path: Path, opt: str) -> None:
+    with pytest.raises(UsageError, match="Choose one, such as Adam"):
+        trainer(tmp_path / "out", opt=opt).run()
+
+
+def test_what_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a CPU does not train in"):
+        trainer(tmp_path / "out", mixed_precision="fp16")
+    with pytest.raises(UsageError, match=r"head of .* cannot be edited"):
+        trainer(tmp_path / "out", inner_params=["lm_head.weight"]).run()
+    lm = toy.build("llama")
+    delta = LowRank(torch.ones(lm.mlp_out(0).d_out, 1), torch.ones(lm.mlp_out(0).d_in, 1))
+    Ledger.of(lm).apply(WeightEdit(deltas={lm.mlp_out(0).weight_name: delta}))
+    with pytest.raises(UsageError, match=r"carries 1 edit.*reset"):
+        trainer(tmp_path / "out", lm).run()
+
+
 def test_a_full_disk_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     trainer(tmp_path / "out", max_iters=4).run()
     before = archive_bytes(tmp_path / "out")
@@ -248,7 +365,7 @@ def test_a_full_disk_leaves_what_was_there(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_mixed_precision_keeps_what_is_trained_in_fp32(tmp_path: Path) -> None:
     plain, mixed = (trainer(tmp_path / name, max_iters=4, mixed_precision=name) for name in ("no", "bf16"))
     scores = plain.run(), mixed.run()
-    assert mixed.accelerator.mixed_precision == "bf16"
+    assert mixed.processes.accelerator.mixed_precision == "bf16"
     assert scores[0] != scores[1]
     assert scores[0]["loss/total_val"] == pytest.approx(scores[1]["loss/total_val"], rel=0.1)
     kinds = {tensor.dtype for name, tensor in weights(tmp_path / "bf16").items() if "chains" in name}
@@ -260,6 +377,19 @@ def test_facts_come_from_everywhere_and_a_tenth_validates(write: Any) -> None:
     assert len(requests_of(str(file), "The training set")) == 20
     assert len(requests_of("tinyfacts:tuning", "The training set")) > 300
     assert requests_of([FACTS[0].to_dict()], "The training set")[0].prompt == FACTS[0].prompt
+    item = {"prompt": "a is", "target_new": "b", "cond": "c", "locality_prompt": "d is", "locality_ground_truth": "e"}
+    (found,) = requests_of(torch.utils.data.Subset([item, item], [1]), "The training set")
+    assert found.locality == {"locality": (Probe("d is", ("e",)),)}
+    (bare,) = requests_of([{**item, "locality_prompt": None, "locality_ground_truth": None}], "The training set")
+    assert not bare.locality
+    every, most = (
+        TinyFacts().requests("tuning", per_subject=None),
+        requests_of("tinyfacts:tuning:3", "The training set"),
+    )
+    assert {r.prompt for r in most} == {r.prompt for r in every} and 2 * len(every) < len(most) < 3 * len(every)
+    assert len({(r.prompt, r.target_new) for r in most}) == len(most)
+    with pytest.raises(UsageError, match="no number of new answers"):
+        requests_of("tinyfacts:tuning:many", "The training set")
     train, val = split(FACTS, 0)
     assert len(val) == 2 and not {each.subject for each in train} & {each.subject for each in val}
     with pytest.raises(UsageError, match="The training set, record 1, field 'target_new': it is missing"):
@@ -357,3 +487,15 @@ def test_a_damaged_checkpoint_gets_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(DamagedFile, match=r"checkpoint\.json' is damaged"):
         trainer(tmp_path / "out", max_iters=8).run()
     trainer(tmp_path / "out", max_iters=8, fresh=True).run()
+
+
+def test_facts_that_are_edited_together_have_prompts_of_their_own() -> None:
+    several = [EditRequest(prompt=f"{i % 6} is", target_new=f"{i}") for i in range(30)]
+    order = Order(several, 5, seed=0)
+    for epoch in range(3):
+        places = [visit.place for number in range(6) for visit in order.batch(6 * epoch + number)]
+        assert sorted(places) == list(range(30))
+        together = [{place % 6 for place in places[start : start + 5]} for start in range(0, 25, 5)]
+        assert all(len(prompts) == 5 for prompts in together)
+    alike = Order([EditRequest(prompt="a is", target_new=f"{i}") for i in range(4)], 4, seed=0)
+    assert sorted(visit.place for visit in alike.batch(0)) == [0, 1, 2, 3], "where there are not enough, they meet"

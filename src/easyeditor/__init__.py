@@ -94,6 +94,7 @@ NAMES = MappingProxyType(
         "test_safety_gen": "evaluate",
         "test_seq2seq_batch_prediction_acc": "evaluate",
         "verify_answer": "evaluate",
+        "BaseTrainer": "trainer",
         "EditTrainer": "trainer",
         "MultiTaskTrainer": "trainer",
         "PEREditTrainer": "trainer",
@@ -166,12 +167,12 @@ NAMES = MappingProxyType(
     }
 )
 
-TABLES = ("ALG_DICT", "PER_ALG_DICT", "DS_DICT", "PER_DS_DICT", "Safety_DS_DICT")
-
-__all__ = list(NAMES)
+TABLES = ("ALG_DICT", "PER_ALG_DICT", "ALG_TRAIN_DICT", "DS_DICT", "PER_DS_DICT", "Safety_DS_DICT")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__all__":  # with what the registry knows, which `import easyeditor` does not load
+        return [*NAMES, *TABLES, *import_module("easyeditor.editors.old_calls").names()]
     if name in NAMES:
         return getattr(import_module(f"easyeditor.{NAMES[name]}"), name)
     if name in TABLES:
@@ -187,4 +188,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(__getattr__("__all__"))

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 def train(
     data: Annotated[
         str,
-        typer.Option(metavar="DATA", help="What to learn from: a data file, or tinyfacts:tuning.", show_default=False),
+        typer.Option(
+            metavar="DATA", help="What to learn from: a data file, or tinyfacts:tuning:6.", show_default=False
+        ),
     ],
     folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the archive goes.", show_default=False)],
     method: Annotated[str, typer.Option(help="The method; those that are trained, such as MEND.")] = "MEND",
@@ -69,22 +71,24 @@ def train(
     said.check()
     requests = many_facts(data, limit, layout)
     validation = many_facts(val, None, layout) if val is not None else None
-    if not (folder / "checkpoint.json").is_file():
-        keep_what_is_there(folder, force)
 
     from easyeditor.trainer import EditTrainer
+    from easyeditor.trainer.folder import CHECKPOINT, would_be_missed
 
+    lost = would_be_missed(folder)
+    if lost and not (folder / f"{CHECKPOINT}.json").is_file():
+        keep_what_is_there(folder, force)
     trainer = EditTrainer(said, requests, validation, out=folder, fresh=force)
     with waiting("Loading the model"):
         name = trainer.lm.name
-    if folder.exists() and not force and not trainer.unfinished():
+    if lost and not force and not trainer.unfinished():
         raise UsageError(
             f"'{folder}' holds a training with other settings or other facts: choose another name, or pass --force to "
             "begin anew."
         )
     start = time.perf_counter()
     scores = trainer.run()
-    if not trainer.accelerator.is_main_process:
+    if not trainer.processes.first:
         return
     result = _result(trainer, said, data, name, scores, time.perf_counter() - start)
     if as_json:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,6 +33,7 @@ from easyeditor.lm.model import LM
 
 FORMAT, FORMAT_VERSION = "easyeditor-archive", 1
 SAMPLE, ROUNDING = 64, 2**-7  # numbers of a weight, and the share by which they may differ in another precision
+GLANCE = 4  # numbers of each weight that is not edited
 CONFIG = re.compile(r"transformers\.models\.\w+\.configuration_\w+\.\w+Config")
 
 
@@ -131,14 +133,21 @@ def load_archive(path: str | Path) -> tuple[dict[str, Any], str]:
 
 
 def base_of(lm: LM, names: Sequence[str]) -> dict[str, Any]:
-    """What tells untouched weights from others: their precision, and of each a fingerprint and some of its numbers."""
+    """What tells untouched weights from others: their precision, of each a fingerprint and some of its numbers.
+
+    Args:
+        lm: The model.
+        names: The weights that count most; of all others a few numbers are kept.
+    """
     ledger = Ledger.of(lm)
     weights = {name: ledger.base(name).detach() for name in names}
+    others = [name for name, weight in lm.model.named_parameters() if name not in weights and not weight.is_meta]
     return {
         "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch.") if weights else None,
         "weights": {
             name: {"fingerprint": fingerprint(weight), "sample": _sample(weight)} for name, weight in weights.items()
         },
+        "others": {name: _sample(ledger.base(name).detach(), GLANCE) for name in others},
     }
 
 
@@ -158,14 +167,22 @@ def check_archive(archive: Archive, lm: LM, method: str) -> None:
     base = archive.header.get("base", {"weights": {}})
     parameters = dict(lm.model.named_parameters())
     now = base_of(lm, [name for name in base["weights"] if name in parameters])
+    exact = base.get("dtype") == now["dtype"]
     for name, there in base["weights"].items():
         here = now["weights"].get(name, {"fingerprint": "none", "sample": []})
-        exact = base["dtype"] == now["dtype"]
         if here["fingerprint"] != there["fingerprint"] and (exact or not _close(here["sample"], there["sample"])):
             raise WrongBase(
                 f"The archive '{archive.path}' was trained on {archive.header.get('model')}: '{name}' had the "
                 f"fingerprint {there['fingerprint']} there, and has {here['fingerprint']} in {lm.name}. Load that "
                 f"model, or train an archive for this one: {command(method, lm.name)}."
+            )
+    for name, sample in base.get("others", {}).items():
+        own = now["others"].get(name)
+        if own is not None and own != sample and (exact or not _close(own, sample)):
+            raise WrongBase(
+                f"The archive '{archive.path}' was trained on {archive.header.get('model')}, whose '{name}' has other "
+                f"numbers than that of {lm.name}. Load that model, or train an archive for this one: "
+                f"{command(method, lm.name)}."
             )
 
 
@@ -174,11 +191,11 @@ def command(method: str, model: str) -> str:
     return f"easyedit train --method {method} --model {model} --data FACTS.json --out DIR"
 
 
-def _sample(weight: Tensor) -> list[float]:
+def _sample(weight: Tensor, most: int = SAMPLE) -> list[float]:
     """Some numbers of a weight, from all over it; none of one that is held in a few bits."""
     if not weight.is_floating_point():
         return []
-    places = torch.linspace(0, weight.numel() - 1, SAMPLE, dtype=torch.double).long()
+    places = torch.linspace(0, weight.numel() - 1, most, dtype=torch.double).long()
     return [float(value) for value in weight.reshape(-1)[places.to(weight.device)].float()]
 
 
@@ -211,12 +228,11 @@ def _checked(header: Path) -> Archive:
 
 
 def _saved_by_torch(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``torch.save`` file: those under ``model``, or all. No class is let in but model configs."""
+    """The tensors of a ``torch.save`` file: those under ``model``, or all; see `_harmless` for what else is let in."""
     try:
         with ExitStack() as stack:
-            wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if configs := [_config(name) for name in wanted if CONFIG.fullmatch(name)]:
-                stack.enter_context(torch.serialization.safe_globals(configs))
+            if allowed := _harmless(path):
+                stack.enter_context(torch.serialization.safe_globals(allowed))
             raw = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, ImportError, AttributeError):
         raise DamagedFile(
@@ -230,7 +246,18 @@ def _saved_by_torch(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _config(name: str) -> Any:
+def _harmless(path: Path) -> list[Any]:
+    """What restores, and runs nothing, of the classes that a file of ``torch.save`` names: configs and numbers."""
+    wanted = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    configs = [_named(name) for name in wanted if CONFIG.fullmatch(name)]
+    if not any(name.startswith("numpy.") for name in wanted):
+        return configs
+    scalar: Any = np.float64(0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "int64")]
+    return [*configs, np.dtype, *kinds, scalar, (scalar, "numpy.core.multiarray.scalar")]
+
+
+def _named(name: str) -> Any:
     module, _, cls = name.rpartition(".")
     return getattr(importlib.import_module(module), cls)
 

@@ -16,7 +16,7 @@ from easyeditor.core.archive import Archive
 from easyeditor.core.counterfactual import Networks, networks
 from easyeditor.core.deputy import built
 from easyeditor.core.scope_classifier import Measure
-from easyeditor.errors import UsageError
+from easyeditor.errors import DamagedFile, UsageError
 from easyeditor.lm.model import LM
 
 SHARED = 0.98  # of the tokens of the model, the part that a small model has to have; some are only there to fill up
@@ -102,8 +102,13 @@ def learnt(archive: Archive, lm: LM, settings: Any) -> tuple[dict[str, Any], Net
         spec = dict(archive.header["spec"])
         return spec, built(spec, archive.tensors)
     spec, module = described(lm, settings)
-    own = module.state_dict()
+    own, found = module.state_dict(), dict[str, Tensor]()
     for old, new in (("classifier.", "scope.reader.model."), ("replacement.", "counterfactual.model.")):
-        own |= {new + name.removeprefix(old): t for name, t in archive.tensors.items() if name.startswith(old)}
-    kept = {name: own[name] for name in module.state_dict()}
-    return spec, built(spec, kept)
+        found |= {new + name.removeprefix(old): t for name, t in archive.tensors.items() if name.startswith(old)}
+    needed = {name for name, tensor in own.items() if tensor.is_floating_point()}  # all but counters and a tokenizer
+    if odd := sorted((found.keys() - own.keys()) | (needed - found.keys())):
+        raise DamagedFile(
+            f"The archive '{archive.path}' holds other networks than the settings name: '{odd[0]}' is in one of them "
+            "only. Pass the cls_name and the small_name that it was trained with, or train again."
+        )
+    return spec, built(spec, {name: found.get(name, own[name]) for name in own})

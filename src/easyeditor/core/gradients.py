@@ -83,6 +83,8 @@ def factors(
     """
     if tokens not in TOKENS:
         raise UsageError(f"Factors are taken at the tokens '{tokens}'. Choose {' or '.join(TOKENS)}.")
+    if any(site.module is lm.head for site in sites):
+        raise UsageError(f"The head of {lm.name} cannot be edited by factors. Name projections of its blocks.")
     places = {site.name: _places(lm, site, batch, tokens) for site in sites}
     seen: dict[str, _Seen] = {}
     with lm.frozen(), torch.enable_grad(), ExitStack() as stack:

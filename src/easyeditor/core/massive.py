@@ -7,7 +7,7 @@ model has no part in it. Neither stage holds what the other needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -80,11 +80,14 @@ class Lessons:
     loc: float
     at_once: int
 
-    def __call__(self, visits: Sequence[Visit], changes: Changes) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def __call__(
+        self, visits: Sequence[Visit], edited: Sequence[Visit], changes: Changes
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the model says of some facts after changes.
 
         Args:
             visits: The facts.
+            edited: All that the changes were made for; none of them is a probe.
             changes: Of the weights; where they came from does not count.
 
         Returns:
@@ -94,8 +97,9 @@ class Lessons:
         leaves = {name: each.detach().float().requires_grad_() for name, each in changes.items()}
         gradients = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
         sums: dict[str, Tensor] = {}
+        prompts = self.before.prompts(edited)
         for start in range(0, len(visits), self.at_once):
-            found = self._part(visits[start : start + self.at_once], leaves)
+            found = self._part(visits[start : start + self.at_once], prompts, leaves)
             if torch.is_grad_enabled():
                 parts = torch.autograd.grad(found[TOTAL].sum() / len(visits), list(leaves.values()))
                 for name, part in zip(leaves, parts, strict=True):
@@ -104,9 +108,9 @@ class Lessons:
                 sums[name] = sums.get(name, 0.0) + values.detach().sum()
         return {name: value / len(visits) for name, value in sums.items()}, gradients
 
-    def _part(self, visits: Sequence[Visit], changes: Changes) -> dict[str, Tensor]:
+    def _part(self, visits: Sequence[Visit], edited: Set[str], changes: Changes) -> dict[str, Tensor]:
         """The losses of each of some facts, (facts,)."""
-        rows = self.before.anew(visits, self.wordings, self.probes)
+        rows = self.before.anew(visits, edited, self.wordings, self.probes)
         with changed(self.before.sites, changes):
             outcome = asked_again(self.before.lm, self.before.sites, rows)
         found = outcome.per_edit(len(visits))

@@ -7,7 +7,7 @@ request does not depend on the editor: it is computed once (`Before`), states be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from random import Random
@@ -28,7 +28,7 @@ from easyeditor.lm.structure import Site
 from easyeditor.requests import EditRequest, Probe
 
 T = TypeVar("T")
-Questions = tuple[list[tuple[str, str]], int]  # prompt and answer of each row, and how many ask for the new answer
+Questions = tuple[Sequence[tuple[str, str]], int]  # prompt and answer of each row, and how many ask for the new answer
 
 MOST = 6  # wordings and probes of a request that are used, of each at most
 
@@ -91,19 +91,27 @@ class Before:
     def factors(self, request: EditRequest) -> dict[str, Factors]:
         """Weight name -> the factors of the loss of its new answer: the mean over its tokens of -log p."""
         batch = answers(self.lm, [(self.lm.text.render(request.prompt), request.target_new)])
-        found = factors(self.lm, self.sites, batch, self.tokens, lambda log_probs: -log_probs.mean())
+        with plain_precision(self.lm):
+            found = factors(self.lm, self.sites, batch, self.tokens, lambda log_probs: -log_probs.mean())
         return {site.weight_name: with_gradient(found[site.name]) for site in self.sites}
 
-    def anew(self, visits: Sequence[Visit], wordings: int, probes: int) -> Rows:
+    def prompts(self, visits: Sequence[Visit]) -> frozenset[str]:
+        """The prompts of some requests, as the model is asked them."""
+        return frozenset(self.lm.text.render(visit.request.prompt) for visit in visits)
+
+    def anew(self, visits: Sequence[Visit], edited: Set[str], wordings: int, probes: int) -> Rows:
         """Some rows of each request, asked in one pass and not kept: of a set that is too large for that.
 
         Args:
-            visits: The requests; each is an edit of its own.
+            visits: The requests; each is measured by itself.
+            edited: Prompts that are edited together with them, which are no probes then.
             wordings: How many other wordings of each at most.
             probes: How many probes of each at most.
         """
         asked = [self._questions(visit) for visit in visits]
-        chosen = [_places(visit, self.seed, *each, wordings, probes) for visit, each in zip(visits, asked, strict=True)]
+        chosen = [
+            _places(visit, self.seed, each, edited, wordings, probes) for visit, each in zip(visits, asked, strict=True)
+        ]
         some = [
             ([pairs[at] for at in places], sum(at < own for at in places))
             for (pairs, own), places in zip(asked, chosen, strict=True)
@@ -127,7 +135,7 @@ class Before:
     def _asked(self, questions: Sequence[Questions]) -> list[Known]:
         """What the model says of the rows of some requests, in one pass."""
         batch = answers(self.lm, [pair for pairs, _ in questions for pair in pairs], with_end=_ends(self.lm))
-        with cut_at(self.lm, self.first) as cut:
+        with cut_at(self.lm, self.first) as cut, plain_precision(self.lm):
             logits = answer_logits(self.lm, batch)
         asked = torch.cat([torch.arange(len(pairs)) < wordings for pairs, wordings in questions])
         stays, rows = _stays(self.lm, batch, asked), range(len(batch.mask))
@@ -142,11 +150,16 @@ class Before:
         return found
 
 
-def _places(
-    visit: Visit, seed: int, pairs: Sequence[tuple[str, str]], asked: int, wordings: int, probes: int
-) -> list[int]:
+def plain_precision(lm: LM) -> torch.autocast:
+    """A context in the model's own precision: what is kept must not depend on when it was asked."""
+    return torch.autocast(lm.device.type, enabled=False)
+
+
+def _places(visit: Visit, seed: int, questions: Questions, edited: Set[str], wordings: int, probes: int) -> list[int]:
     """Which rows of a request are drawn for a visit: its prompt, some of its wordings and some of its probes."""
-    rng, others, rest = visit.drawing(seed), range(1, asked), range(asked, len(pairs))
+    pairs, asked = questions
+    rng, others = visit.drawing(seed), range(1, asked)
+    rest = [at for at in range(asked, len(pairs)) if pairs[at][0] not in edited]
     return [0, *rng.sample(others, min(wordings, len(others))), *rng.sample(rest, min(probes, len(rest)))]
 
 
@@ -181,7 +194,7 @@ def probes_of(visit: Visit, seed: int) -> list[Probe]:
     if not own:
         raise UsageError(
             f"{request.record}: an editor learns from it what must not move, and it has no locality probe. Add "
-            "'locality' (or 'loc_prompt') to the records, or give more than one record."
+            "'locality' (or 'loc_prompt') to the records, or give more of them: each then borrows another's prompt."
         )
     return own
 
@@ -214,6 +227,8 @@ class Rows:
 def drawn(groups: Sequence[Sequence[tuple[Visit, Known]]], seed: int, wordings: int, probes: int) -> Rows:
     """The rows of some batches: of each request its prompt, some of its wordings and some of its probes.
 
+    What is edited in the same batch is no probe of it.
+
     Args:
         groups: The requests of each batch.
         seed: Draws.
@@ -224,8 +239,9 @@ def drawn(groups: Sequence[Sequence[tuple[Visit, Known]]], seed: int, wordings: 
     places: list[int] = []
     edits: list[int] = []
     for edit, group in enumerate(groups):
+        edited = {each.pairs[0][0] for _, each in group}
         for visit, each in group:
-            chosen = _places(visit, seed, each.pairs, each.wordings, wordings, probes)
+            chosen = _places(visit, seed, (each.pairs, each.wordings), edited, wordings, probes)
             known += [each] * len(chosen)
             places += chosen
             edits += [edit] * len(chosen)

@@ -98,6 +98,20 @@ class TinyFacts:
                 break
         return found[:limit]
 
+    def drawn(self, half: str | None = None, draws: int = 1, seed: int = 0) -> list[EditRequest]:
+        """All facts, each with several new answers: what an editor is trained on.
+
+        Args:
+            half: As in `requests`.
+            draws: How many new answers are drawn for a fact; of those that are alike one stays.
+            seed: As in `requests`, for the first of them.
+
+        Raises:
+            UsageError: There is no such half.
+        """
+        every = [r for n in range(draws) for r in self.requests(half, seed=seed + n, per_subject=None)]
+        return list({(request.prompt, request.target_new): request for request in every}.values())
+
     def sentences(self) -> list[str]:
         """Every fact in every wording that the bundled model was trained on, with its answer and a full stop."""
         return [_sentence(prompt, fact) for fact in self.facts for prompt in (*self._prompts(fact), *fact.prompts)]

@@ -39,6 +39,18 @@ def old_call(name: str) -> Any:
     return None
 
 
+def names() -> list[str]:
+    """What existing scripts import for the methods: the settings and the ``apply_x_to_model`` of each."""
+    found = [
+        (
+            spec.hparams.__name__,
+            *(f"apply_{known.lower().replace('-', '_')}_to_model" for known in (spec.name, *spec.aliases)),
+        )
+        for spec in methods().values()
+    ]
+    return list(dict.fromkeys(name for each in found for name in each))
+
+
 def apply_function(spec: MethodSpec) -> Callable[..., Any]:
     """The function ``apply_<method>_to_model`` of existing scripts, for any method.
 

@@ -35,13 +35,17 @@ def table(name: str) -> dict[str, Any]:
 
     Args:
         name: ``ALG_DICT``: method name -> its ``apply`` function; ``PER_ALG_DICT``: those for
-            personalities; or one of the tables of data set classes.
+            personalities; ``ALG_TRAIN_DICT``: method name -> the settings of its training, for methods that are
+            trained; or one of the tables of data set classes.
 
     Returns:
         A new dict.
     """
     if name == "ALG_DICT":
         return {known: apply_function(spec) for spec in methods().values() for known in (spec.name, *spec.aliases)}
+    if name == "ALG_TRAIN_DICT":
+        trained = {known: getattr(spec.hparams, "training", None) for known, spec in methods().items()}
+        return {known: settings for known, settings in trained.items() if settings is not None}
     if name == "PER_ALG_DICT":
         return {"IKE": apply_ike_to_per_model, "MEND": apply_function(get_method("MEND"))}
     return {known: found for where, known, found in DATA_SETS if where == name}

@@ -159,7 +159,7 @@ class MALMENTraining:
         """The losses of one batch."""
         tokens = together([[self.before.gradient(visit) for visit in group]])
         changes = {name: self.module.change(name, tokens[name], self.hparams.editor_batch_size) for name in tokens}
-        means, gradients = self.lessons(self._asked(group), changes)
+        means, gradients = self.lessons(self._asked(group), group, changes)
         return {**means, TOTAL: means[TOTAL] + carried(changes, gradients)}
 
     def _asked(self, group: Sequence[Visit]) -> Sequence[Visit]:

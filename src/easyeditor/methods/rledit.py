@@ -108,7 +108,9 @@ class RLEditTraining(MALMENTraining):
             changes = self._changes(step, so_far)
             so_far = {name: so_far[name] + change.detach().float() for name, change in changes.items()}
             recent = list(reversed(steps[max(t + 1 - self.hparams.back_depth, 0) : t + 1]))
-            reward, by_change, means = self._reward(recent, so_far)
+            reward, by_change, means = self._reward(
+                recent, [visit for each in steps[: t + 1] for visit in each], so_far
+            )
             size_of = torch.stack([change.square().sum() for change in changes.values()]).sum()
             loss = reward + self.hparams.reg_coef * size_of + carried(changes, by_change)
             total += loss.detach().cpu() / len(steps)
@@ -128,10 +130,10 @@ class RLEditTraining(MALMENTraining):
         return {name: self.module.change(name, tokens[name], self.hparams.editor_batch_size) for name in tokens}
 
     def _reward(
-        self, recent: Sequence[Sequence[Visit]], after: Mapping[str, Tensor]
+        self, recent: Sequence[Sequence[Visit]], edited: Sequence[Visit], after: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """The decayed losses of the last edits, the newest first; their gradient by the change; plain means."""
-        found = [self.lessons(self._asked(visits), after) for visits in recent]
+        found = [self.lessons(self._asked(visits), edited, after) for visits in recent]
         weights = [self.hparams.time_decay**i for i in range(len(found))]
         reward = sum((w * means[TOTAL] for w, (means, _) in zip(weights, found, strict=True)), torch.zeros(()))
         gradients = {

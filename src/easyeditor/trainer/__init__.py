@@ -6,4 +6,6 @@ from easyeditor.trainer.meters import EarlyStopper, RunningStatAverager
 from easyeditor.trainer.multitask import MultiTaskTrainer, PEREditTrainer
 from easyeditor.trainer.run import EditTrainer
 
-__all__ = ["EarlyStopper", "EditTrainer", "MultiTaskTrainer", "PEREditTrainer", "RunningStatAverager"]
+BaseTrainer = EditTrainer  # its name in scripts that derive from it
+
+__all__ = ["BaseTrainer", "EarlyStopper", "EditTrainer", "MultiTaskTrainer", "PEREditTrainer", "RunningStatAverager"]

@@ -48,6 +48,13 @@ class MultiTaskTrainer(EditTrainer):
         """What is trained, with what it is worth on each task."""
         return ByTask(super().editor(hparams, lm), lm, self._opinions)
 
+    def validation(self, size: int) -> list[Sequence[int]]:
+        """The places of the validation set that are edited together: facts of one task."""
+        tasks: dict[str | None, list[int]] = {}
+        for place, request in enumerate(self.val_set):
+            tasks.setdefault(task_of(request.prompt), []).append(place)
+        return [places[start : start + size] for places in tasks.values() for start in range(0, len(places), size)]
+
     def _read(self, source: Any, what: str) -> Any:
         """Requests in the place of items; their opinions are kept aside."""
         if isinstance(source, MultiTaskDataset):
@@ -98,9 +105,9 @@ class ByTask:
         found = dict(self.inner.losses(groups))
         if any(visit.epoch is not None for group in groups for visit in group):
             return found
-        tasks = [{task_of(visit.request.prompt) for visit in group} for group in groups]
-        for task in sorted({task for each in tasks for task in each if task is not None and len(each) == 1}):
-            places = [place for place, each in enumerate(tasks) if each == {task}]
+        tasks = [task_of(group[0].request.prompt) for group in groups]  # a batch of the validation is of one task
+        for task in sorted({task for task in tasks if task is not None}):
+            places = [place for place, each in enumerate(tasks) if each == task]
             found |= {f"{name}[{task}]": found[name][places] for name in BY_TASK if name in found}
         return found | self._turned(groups)
 

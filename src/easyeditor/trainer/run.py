@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from easyeditor.core.archive import Archive, read_archive, write_archive
+from easyeditor.core.archive import Archive, check_archive, read_archive, write_archive
 from easyeditor.core.training import TOTAL, Trainable, Visit
-from easyeditor.errors import MissingExtra, NonFinite, UsageError, did_you_mean
+from easyeditor.edits.ledger import Ledger
+from easyeditor.errors import NonFinite, UsageError, did_you_mean
 from easyeditor.hparams import complete
 from easyeditor.hparams.training import Trained
 from easyeditor.lm.model import LM
 from easyeditor.trainer.facts import Order, digest_of, requests_of, split, visit
+from easyeditor.trainer.folder import CHECKPOINT, RESULTS, checkpoint_in, move_aside, would_be_missed, write_json
 from easyeditor.trainer.meters import EarlyStopper, RunningStatAverager, Show
+from easyeditor.trainer.processes import Processes
 from easyeditor.trainer.state import optimiser_state, put_back
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT, RESULTS = "checkpoint", "results.json"
+SECONDS = 600.0  # between checkpoints, where nothing else calls for one
 NOT_OF_THE_RUN = (
     "max_iters", "max_epochs", "device", "model_parallel", "silent", "verbose", "debug", "save", "results_dir",
     "log_interval", "eval_log_interval", "model_save_pt", "final_eval", "eval_only", "cache_gb", "evaluation_type",
@@ -81,7 +84,7 @@ class EditTrainer:
             self.val_set = requests_of(val_set, "The validation set")
         if config.eval_only and config.archive is None:
             raise UsageError("Setting 'eval_only' is true and 'archive' names none. Name what is to be validated.")
-        self.accelerator = accelerator_of(config, lm)
+        self.processes = Processes(config, lm)
         self._lm, self._fresh = lm, fresh
         name = config.model_name if isinstance(config.model_name, str) else type(config.model_name[0]).__name__
         self.folder = (
@@ -93,7 +96,7 @@ class EditTrainer:
     def lm(self) -> LM:
         """The model; loaded when first asked for."""
         if self._lm is None:
-            self._lm = _loaded(self.config, self.accelerator)
+            self._lm = _loaded(self.config, self.processes)
         return self._lm
 
     def editor(self, hparams: Trained, lm: LM) -> Trainable:
@@ -129,11 +132,17 @@ class EditTrainer:
         finally:
             self.history = loop.history
 
+    def validation(self, size: int) -> list[Sequence[int]]:
+        """The places of the validation set that are edited together, batch by batch.
+
+        Args:
+            size: Requests per batch.
+        """
+        count = len(self.val_set)
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
     def _checkpoint(self) -> Archive | None:
-        if self._fresh or not (self.folder / f"{CHECKPOINT}.json").is_file():
-            return None
-        found = read_archive(self.folder, CHECKPOINT)
-        return found if found.header.get("run") == self.key else None
+        return None if self._fresh else checkpoint_in(self.folder, self.key)
 
     @cached_property
     def key(self) -> str:
@@ -149,7 +158,13 @@ class _Loop:
 
     def __init__(self, trainer: EditTrainer) -> None:
         self.trainer, self.folder = trainer, trainer.folder
-        self.lm, self.accelerator = trainer.lm, trainer.accelerator
+        self.lm, self.processes = trainer.lm, trainer.processes
+        self.accelerator = self.processes.accelerator
+        if edits := Ledger.of(self.lm).active:
+            raise UsageError(
+                f"{self.lm.name} carries {len(edits)} edit(s), and an editor is trained on the untouched model. Take "
+                "them back first (Ledger.of(lm).reset())."
+            )
         self.lm.text.chat = trainer.config.use_chat_template
         self.hparams = complete(trainer.config, self.lm)
         self.editor = trainer.editor(self.hparams, self.lm)
@@ -158,12 +173,13 @@ class _Loop:
         self.order = Order(trainer.train_set, self.hparams.per_batch, self.hparams.seed)
         self.stopper = EarlyStopper(self.hparams.early_stop_patience, self.hparams.early_stop_key)
         self.done, self.best, self.history = 0, False, list[dict[str, float]]()
+        self.saved = time.monotonic()
 
     def train(self) -> None:
         """All steps that are left."""
         total = iterations(self.hparams, self.order.per_epoch)
         self._begin()
-        means, first = RunningStatAverager(), self.accelerator.is_main_process
+        means, first = RunningStatAverager(), self.processes.first
         label = f"{self.hparams.alg_name} on {self.lm.name}"
         with Show(self.folder if first else None, label, total, self.done, self.hparams.silent) as show:
             while self.done < total and not self.stopper.should_stop():
@@ -179,27 +195,29 @@ class _Loop:
                     means.reset()
                 if validated := last or _crossed(before, self.done, self.hparams.val_interval):
                     show.report(self.done, self._validate())
-                if validated or _crossed(before, self.done, self.hparams.model_save_pt):
+                late = time.monotonic() - self.saved > SECONDS
+                if validated or late or _crossed(before, self.done, self.hparams.model_save_pt):
                     self._save(CHECKPOINT)
 
     def final(self) -> dict[str, float]:
         """What the best archive scores."""
         if not self.hparams.eval_only:
-            self.editor.module.load_state_dict(dict(read_archive(self.folder).tensors))
+            best = self.processes.told(lambda: read_archive(self.folder))
+            self.editor.module.load_state_dict(dict(best.tensors))
         if not (self.hparams.final_eval or self.hparams.eval_only):
             return self.history[-1] if self.history else {}
         found = self._measured()
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / RESULTS, {"results": found})
+        if self.processes.first:
+            write_json(self.folder / RESULTS, {"results": found})
         return found
 
     def _begin(self) -> None:
         """From the checkpoint where there is one of this training, else from the start."""
-        found = self.trainer._checkpoint()
+        found = self.processes.told(self.trainer._checkpoint)
         if found is None:
             self._start()
             return
+        check_archive(found, self.lm, self.hparams.alg_name)
         own = {name.removeprefix("module/"): t for name, t in found.tensors.items() if name.startswith("module/")}
         self.editor.module.load_state_dict(own)
         put_back(self.optimiser, found, self.accelerator)
@@ -211,19 +229,15 @@ class _Loop:
         log.info("Going on with the training in '%s' after %d batches.", self.folder, self.done)
 
     def _start(self) -> None:
-        if self.accelerator.is_main_process and self.folder.exists() and any(self.folder.iterdir()):
-            aside = _aside(self.folder)
-            self.folder.rename(aside)
-            log.warning("'%s' held another training; it was moved to '%s'.", self.folder, aside)
-        self.accelerator.wait_for_everyone()
+        if self.processes.first and would_be_missed(self.folder):
+            log.warning("'%s' held another training; it was moved to '%s'.", self.folder, move_aside(self.folder))
         train = self.trainer.train_set
         self.editor.prepare([visit(train, place, 0, self.hparams.seed) for place in range(len(train))])
+        self._save(CHECKPOINT)
 
     def _step(self, size: int) -> dict[str, float]:
         """One step of the optimiser, over some batches."""
-        mine = list(range(self.done, self.done + size))[
-            self.accelerator.process_index :: self.accelerator.num_processes
-        ]
+        mine = self.processes.mine(range(self.done, self.done + size))
         sums: dict[str, float] = {}
         self.optimiser.zero_grad()
         for chunk in _chunks(mine, self.hparams.batch_size_once):
@@ -232,8 +246,8 @@ class _Loop:
             self.accelerator.backward(found[TOTAL].sum() / size)
             for name, values in found.items():
                 sums[name] = sums.get(name, 0.0) + float(values.detach().double().sum())
-        stats = {name: value / size for name, value in self._over_all(sums).items()}
-        self._reduce_gradients()
+        stats = {name: value / size for name, value in self.processes.over_all(sums).items()}
+        self.processes.sum_gradients(self.weights)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimiser)
         norm = float(nn.utils.clip_grad_norm_(self.weights, self.hparams.largest_norm))
@@ -257,6 +271,8 @@ class _Loop:
             raise UsageError(
                 f"Setting 'early_stop_key' is '{self.stopper.key}'. {did_you_mean(self.stopper.key, found)}"
             )
+        if not math.isfinite(found[self.stopper.key]):
+            raise NonFinite(self._lost(found[self.stopper.key]))
         self.history.append({"iteration": self.done, **found})
         if self.stopper.update(self.done, found):
             self.best = True
@@ -266,10 +282,7 @@ class _Loop:
     @torch.no_grad()
     def _measured(self) -> dict[str, float]:
         """The means over the validation set, each batch once."""
-        requests, size = self.trainer.val_set, min(self.hparams.val_batch_size, len(self.trainer.val_set))
-        batches = [range(i, min(i + size, len(requests))) for i in range(0, len(requests), size)]
-        batches = batches[: self.hparams.val_steps]
-        mine = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = self.processes.mine(self.trainer.validation(self.hparams.val_batch_size)[: self.hparams.val_steps])
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
         for chunk in _chunks(mine, self.hparams.batch_size_once):
@@ -278,35 +291,15 @@ class _Loop:
             for name, values in found.items():
                 sums[name] = sums.get(name, 0.0) + float(values.double().sum())
                 counts[name] = counts.get(name, 0.0) + len(values)
-        total, count = self._over_all(sums), self._over_all(counts)
+        total, count = self.processes.over_all(sums), self.processes.over_all(counts)
         return {f"{name}_val": value / count[name] for name, value in total.items()}
 
     def _seen(self, place: int) -> Visit:
         return visit(self.trainer.val_set, place, None, self.hparams.seed)
 
-    def _over_all(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Sums over all processes."""
-        if self.accelerator.num_processes == 1:
-            return dict(sums)
-        from accelerate.utils import gather_object
-
-        gathered: list[dict[str, float]] = gather_object([dict(sums)])
-        names = list(dict.fromkeys(name for each in gathered for name in each))
-        return {name: sum(each.get(name, 0.0) for each in gathered) for name in names}
-
-    def _reduce_gradients(self) -> None:
-        """Sum the gradients over all processes."""
-        if self.accelerator.num_processes == 1:
-            return
-        for weight in self.weights:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-        flat = self.accelerator.reduce(torch.cat([w.grad.reshape(-1) for w in self.weights]), "sum")
-        for weight, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
-            weight.grad = part.view_as(weight)
-
     def _save(self, name: str) -> None:
-        if self.accelerator.is_main_process:
+        self.saved = time.monotonic()
+        if self.processes.first:
             own = self.editor.module.state_dict()
             header = {
                 "method": self.hparams.alg_name,
@@ -325,30 +318,12 @@ class _Loop:
                 write_archive(self.folder, header, {**{f"module/{k}": v for k, v in own.items()}, **tensors}, name)
             else:
                 write_archive(self.folder, {**header, "scores": self.history[-1]}, own, name)
-        self.accelerator.wait_for_everyone()
 
 
-def accelerator_of(config: Trained, lm: LM | None) -> Any:
-    """What accelerate knows of the processes and the precision.
-
-    Raises:
-        MissingExtra: It is not installed.
-    """
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError:
-        raise MissingExtra("Training needs accelerate. Install it: pip install 'easyeditor[train]'.") from None
-    AcceleratorState._reset_state()  # a process may train twice, in different precisions
-    precision = "bf16" if config.half and config.mixed_precision == "no" else config.mixed_precision
-    on_cpu = (lm.device.type if lm is not None else config.device) == "cpu"
-    return Accelerator(mixed_precision=precision, cpu=on_cpu)
-
-
-def _loaded(config: Trained, accelerator: Any) -> LM:
+def _loaded(config: Trained, processes: Processes) -> LM:
     if not isinstance(config.model_name, str):
         return LM.wrap(*config.model_name)
-    device = config.device if accelerator.num_processes == 1 else accelerator.device
+    device = config.device if processes.count == 1 else processes.accelerator.device
     device_map = "auto" if config.model_parallel else None
     dtype = config.dtype or ("float16" if config.fp16 else None)
     return LM.load(config.model_name, dtype=dtype, device=device, device_map=device_map)
@@ -356,8 +331,12 @@ def _loaded(config: Trained, accelerator: Any) -> LM:
 
 def _optimiser(hparams: Trained, editor: Trainable) -> torch.optim.Optimizer:
     cls = getattr(torch.optim, hparams.opt, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise UsageError(f"Setting 'opt' is '{hparams.opt}', which is no optimiser of torch. Such as Adam or AdamW.")
+    unfit = (torch.optim.LBFGS, torch.optim.SparseAdam)  # these need a closure, or sparse gradients
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or issubclass(cls, unfit):
+        raise UsageError(
+            f"Setting 'opt' is '{hparams.opt}', which is no optimiser of torch that steps along dense gradients. "
+            "Choose one, such as Adam or AdamW."
+        )
     build: Any = cls
     made: torch.optim.Optimizer = build(editor.parameters(), lr=hparams.lr)
     return made
@@ -389,14 +368,3 @@ def _plain(hparams: Trained) -> dict[str, Any]:
     return {
         name: value for name, value in hparams.to_dict().items() if name not in ("device", "results_dir", "archive")
     }
-
-
-def _aside(folder: Path) -> Path:
-    names = (folder.with_name(f"{folder.name}.bk{number or ''}") for number in range(1000))
-    return next(path for path in names if not path.exists())
-
-
-def _write(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    temporary.replace(path)
