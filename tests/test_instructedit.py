@@ -144,6 +144,17 @@ def items() -> list[dict[str, Any]]:
     return [*found, item]
 
 
+def test_facts_of_two_tasks_are_not_validated_together(tmp_path: Path) -> None:
+    rows = items()
+    mixed = [rows[place] for place in (0, 4, 1, 5, 2, 6)]
+    config = MENDTrainingHparams(model_name="toy", inner_params=["model.layers.3.mlp.down_proj"], val_batch_size=2)
+    trainer = MultiTaskTrainer(config=config, train_set=rows, val_set=mixed, out=tmp_path, lm=toy.build("llama"))
+    found = trainer.validation(2)
+    tasks = [{task_of(trainer.val_set[place].prompt) for place in places} for places in found]
+    assert all(len(each) == 1 for each in tasks)
+    assert sorted(place for places in found for place in places) == list(range(6)) and max(map(len, found)) == 2
+
+
 @pytest.mark.parametrize("cls", [InstructEditTrainingHparams, MENDTrainingHparams])
 def test_the_trainer_says_what_each_task_is_worth(cls: type[MENDTrainingHparams], tmp_path: Path) -> None:
     lm, rows = toy.build("llama"), items()

@@ -113,3 +113,12 @@ def test_the_trainer_of_opinions_says_how_far_they_turned(tmp_path: Path) -> Non
     )  # fmt: skip
     found = easyeditor.PEREditTrainer(config, data, data, out=tmp_path / "out", lm=lm).run()
     assert 0 < found["es_val"] < 1 and found["dd_val"] >= 0
+
+
+def test_all_names_are_imported_by_a_star_and_none_is_missing() -> None:
+    space: dict[str, object] = {}
+    exec("from easyeditor import *", space)
+    assert {"BaseEditor", "MENDHyperParams", "ROMEHyperParams", "apply_r_rome_to_model", "ALG_DICT"} <= space.keys()
+    assert all(hasattr(easyeditor, name) for name in dir(easyeditor))
+    assert easyeditor.BaseTrainer is easyeditor.EditTrainer
+    assert easyeditor.ALG_TRAIN_DICT["MEND"] is MENDTrainingHparams and "ROME" not in easyeditor.ALG_TRAIN_DICT
