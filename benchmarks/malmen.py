@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from easyeditor.data.named import named_facts
 from easyeditor.data.tinyfacts import TinyFacts
 from easyeditor.editors.perform import make_edit, prepared
 from easyeditor.edits.ledger import Ledger
@@ -41,24 +42,26 @@ from run import status
 METHODS = ("MALMEN", "RLEdit")
 
 
-def facts(half: str, n: int | None) -> list[EditRequest]:
-    """So many facts of a half, no more of one subject than it takes."""
+def facts(n: int) -> list[EditRequest]:
+    """So many facts of the reporting half, no more of one subject than it takes."""
     table = TinyFacts()
-    tried = (table.requests(half, n, per_subject=most) for most in (1, 2, 4, None))
+    tried = (table.requests("reporting", n, per_subject=most) for most in (1, 2, 4, None))
     found: list[EditRequest] = []
     for found in tried:
-        if n is not None and len(found) >= n:
+        if len(found) >= n:
             break
     return found
 
 
-def trained(method: str, out: Path, learn: int | None, given: dict[str, Any]) -> tuple[float, dict[str, float]]:
+def trained(
+    method: str, out: Path, data: Sequence[EditRequest], given: dict[str, Any]
+) -> tuple[float, dict[str, float]]:
     """Seconds of the training, and the scores of the best archive on the validation set."""
     config: Any = get_method(method).hparams.training.from_hparams(f"{method}/tinyfacts")  # type: ignore[attr-defined]
     for name, value in given.items():
         setattr(config, name, value)
     start = time.perf_counter()
-    scores = EditTrainer(config, facts("tuning", learn), out=out).run()
+    scores = EditTrainer(config, data, out=out).run()
     return time.perf_counter() - start, scores
 
 
@@ -101,7 +104,7 @@ def scored(editor: Editor, requests: Sequence[EditRequest], size: int) -> dict[s
 def peak(method: str, archive: Path, n: int, threads: int) -> int:
     """Bytes that one edit of so many facts needs over what is loaded; for a process of its own. Linux only."""
     torch.set_num_threads(threads)
-    editor, requests = Editor(method, archive), facts("reporting", n)
+    editor, requests = Editor(method, archive), facts(n)
     make_edit(editor.lm, editor.spec, requests[:1], editor.hparams, editor.state)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else what was freed hides what is needed
@@ -125,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default="MALMEN", choices=METHODS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="else results/METHOD-tinyfacts")
-    parser.add_argument("--learn", type=int, help="facts of the tuning half to train from; else all")
+    parser.add_argument("--data", default="tinyfacts:tuning:8", help="what to train from")
+    parser.add_argument("--learn", type=int, help="at most so many facts of it")
     parser.add_argument("--iterations", type=int, help="batches of the training; else the packaged setting")
     parser.add_argument("--facts", type=int, default=500, help="of the reporting half, in one model")
     parser.add_argument("--most", type=int, default=1000, help="facts of the edit whose seconds are taken")
@@ -135,17 +139,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out or Path("results", f"{args.method.lower()}-tinyfacts")
     given: dict[str, Any] = {"dtype": "float32"}  # faster on a CPU than the checkpoint's bf16; the weights are the same
     given |= {} if args.iterations is None else {"max_iters": args.iterations}
-    seconds, scores = trained(args.method, out, args.learn, given)
+    seconds, scores = trained(args.method, out, named_facts(args.data, args.learn), given)
     table = Table("what", "found", "target", title=f"{args.method} on tinyfacts, {args.threads} threads")
     table.add_row("seconds of this training", f"{seconds:.0f}", "")
     for name in ("edit/acc_val", "loc/acc_val", "loss/total_val"):
         table.add_row(f"validation, {name}", f"{scores[name]:.3f}", "")
     editor = Editor(args.method, out)
     size = args.facts if args.method == "MALMEN" else editor.hparams.batch_size
-    for name, values in scored(editor, facts("reporting", args.facts), size).items():
+    for name, values in scored(editor, facts(args.facts), size).items():
         mean = f"{sum(values) / len(values):.3f} of {len(values)}" if values else "no question"
         table.add_row(f"{args.facts} facts, {name}", mean, "0.85 at least" if name == "reliability" else "")
-    editor, many = Editor(args.method, out), facts("reporting", args.most)
+    editor, many = Editor(args.method, out), facts(args.most)
     start = time.perf_counter()
     editor.edit(many)
     table.add_row(f"one edit of {len(many)} facts, s", f"{time.perf_counter() - start:.1f}", "60 at most")

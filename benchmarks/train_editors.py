@@ -41,15 +41,14 @@ TARGETS = {  # of each method: reliability and locality on the reporting half
 }
 
 
-def trained(method: str, out: Path, facts: int | None, given: dict[str, Any]) -> tuple[float, dict[str, float]]:
+def trained(method: str, out: Path, data: str, given: dict[str, Any]) -> tuple[float, dict[str, float]]:
     """Seconds of the training, and the scores of the best archive on the validation set."""
     settings: Any = get_method(method).hparams
     config = settings.training.from_hparams(f"{method}/tinyfacts")
     for name, value in given.items():
         setattr(config, name, value)
     start = time.perf_counter()
-    trainer = EditTrainer(config, TinyFacts().requests("tuning", facts, per_subject=None), out=out)
-    scores = trainer.run()
+    scores = EditTrainer(config, data, out=out).run()
     return time.perf_counter() - start, scores
 
 
@@ -102,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", default="MEND", help="of those that are trained")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="else results/METHOD-tinyfacts")
-    parser.add_argument("--facts", type=int, help="of the tuning half, at most; else the packaged setting's worth")
+    parser.add_argument("--data", default="tinyfacts:tuning:4", help="what to train from")
     parser.add_argument("--iterations", type=int, help="batches of the training; else the packaged setting")
     parser.add_argument("--asked", type=int, default=100, help="facts of the reporting half that are edited")
     parser.add_argument("--repeats", type=int, default=20)
@@ -112,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     given: dict[str, Any] = {"dtype": "float32"}  # faster on a CPU than the checkpoint's bf16; the weights are the same
     given |= {} if args.iterations is None else {"max_iters": args.iterations}
-    time_, scores = trained(method, out, args.facts, given)
+    time_, scores = trained(method, out, args.data, given)
     lm, requests = LM.load("tinyfacts"), TinyFacts().requests("reporting", args.asked)
     table = Table("what", "found", "target", title=f"{method} on tinyfacts, {args.threads} threads")
     table.add_row("seconds of this training", f"{time_:.0f}", "1200 at most")

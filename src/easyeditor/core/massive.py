@@ -17,7 +17,7 @@ from torch import Tensor
 from easyeditor.core.gradients import Factors, factors
 from easyeditor.core.hypernetwork import with_gradient
 from easyeditor.core.likelihood import answers, mean_per_row
-from easyeditor.core.rehearsal import Before, Outcome, Rows, asked_again
+from easyeditor.core.rehearsal import Before, Outcome, Rows, asked_again, plain_precision
 from easyeditor.core.training import TOTAL, Visit
 from easyeditor.lm.model import LM
 from easyeditor.lm.resume import with_weight
@@ -45,7 +45,8 @@ def tokens_of(
     for start in range(0, len(requests), at_once):
         part = requests[start : start + at_once]
         batch = answers(lm, [(lm.text.render(request.prompt), request.target_new) for request in part])
-        found = factors(lm, sites, batch, tokens, lambda logp, batch=batch: -mean_per_row(logp, batch).sum())  # type: ignore[misc]
+        with plain_precision(lm):
+            found = factors(lm, sites, batch, tokens, lambda logp, batch=batch: -mean_per_row(logp, batch).sum())  # type: ignore[misc]
         yield {site.weight_name: with_gradient(found[site.name]) for site in sites}
 
 

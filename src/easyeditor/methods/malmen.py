@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from easyeditor.core.archive import Archive, base_of
-from easyeditor.core.gradients import TOKENS
+from easyeditor.core.gradients import TOKENS, Factors
 from easyeditor.core.massive import Lessons, carried, tokens_of
 from easyeditor.core.rehearsal import Before, together
 from easyeditor.core.restored import archive_of, fill
@@ -128,7 +128,7 @@ class MALMENTraining:
         self.lm, self.hparams = lm, hparams
         self.sites = [lm.site(path) for path in hparams.inner_params]
         self.module = _network(self.sites, hparams, hparams.seed)
-        self.before = Before(lm, self.sites, hparams.token, hparams.cache_gb * 2**30, hparams.seed)
+        self.before = Before(lm, self.sites, hparams.token, 0.0, hparams.seed)
         self.lessons = Lessons(
             self.before,
             wordings=hparams.rephrases,
@@ -142,7 +142,7 @@ class MALMENTraining:
     def prepare(self, visits: Sequence[Visit]) -> None:
         """Means and deviations of keys and gradients, over the first requests of the training set."""
         if self.hparams.archive is None:
-            self.module.observe(together([[self.before.gradient(visit)] for visit in visits[:SEEN_BEFORE]]))
+            self.module.observe(self.tokens(visits[:SEEN_BEFORE]))
 
     def parameters(self) -> list[dict[str, Any]]:
         """The network, and the steps with a step size of their own."""
@@ -155,9 +155,15 @@ class MALMENTraining:
         found = [self._batch(group) for group in groups]
         return {name: torch.stack([each[name] for each in found]) for name in found[0]}
 
+    def tokens(self, visits: Sequence[Visit]) -> dict[str, Factors]:
+        """Weight name -> the tokens of some facts, on the model as it is."""
+        requests = [visit.request for visit in visits]
+        parts = tokens_of(self.lm, self.sites, requests, self.hparams.token, self.hparams.batch_size_once)
+        return together([list(parts)])
+
     def _batch(self, group: Sequence[Visit]) -> dict[str, Tensor]:
         """The losses of one batch."""
-        tokens = together([[self.before.gradient(visit) for visit in group]])
+        tokens = self.tokens(group)
         changes = {name: self.module.change(name, tokens[name], self.hparams.editor_batch_size) for name in tokens}
         means, gradients = self.lessons(self._asked(group), group, changes)
         return {**means, TOTAL: means[TOTAL] + carried(changes, gradients)}

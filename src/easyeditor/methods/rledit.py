@@ -24,8 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from easyeditor.core.massive import carried, changed, tokens_of
-from easyeditor.core.rehearsal import together
+from easyeditor.core.massive import carried, changed
 from easyeditor.core.training import TOTAL, Trainable, Visit
 from easyeditor.edits.edit import Edit, WeightEdit
 from easyeditor.errors import UsageError
@@ -124,9 +123,7 @@ class RLEditTraining(MALMENTraining):
     def _changes(self, step: Sequence[Visit], so_far: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the network makes of some facts on the model with earlier changes."""
         with changed(self.sites, so_far):
-            requests = [visit.request for visit in step]
-            parts = list(tokens_of(self.lm, self.sites, requests, self.hparams.token, self.hparams.batch_size_once))
-        tokens = together([parts])
+            tokens = self.tokens(step)
         return {name: self.module.change(name, tokens[name], self.hparams.editor_batch_size) for name in tokens}
 
     def _reward(
