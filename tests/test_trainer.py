@@ -27,7 +27,7 @@ from easyeditor.lm.model import LM
 from easyeditor.methods.mend import MENDHyperParams, MENDTraining, MENDTrainingHparams, prepare
 from easyeditor.requests import EditRequest, Probe
 from easyeditor.trainer import EarlyStopper, EditTrainer, RunningStatAverager
-from easyeditor.trainer.facts import Order, requests_of, split
+from easyeditor.trainer.facts import Order, batches, requests_of, split
 from easyeditor.trainer.folder import would_be_missed
 from easyeditor.trainer.run import _Loop, iterations
 from test_cli import document, refused
@@ -497,5 +497,7 @@ def test_facts_that_are_edited_together_have_prompts_of_their_own() -> None:
         assert sorted(places) == list(range(30))
         together = [{place % 6 for place in places[start : start + 5]} for start in range(0, 25, 5)]
         assert all(len(prompts) == 5 for prompts in together)
-    alike = Order([EditRequest(prompt="a is", target_new=f"{i}") for i in range(4)], 4, seed=0)
-    assert sorted(visit.place for visit in alike.batch(0)) == [0, 1, 2, 3], "where there are not enough, they meet"
+    assert Order(several, 20, seed=0).size == 6, "no more than there are prompts"
+    assert batches(several[:8], range(8), 6) == [[0, 1, 2, 3, 4, 5], [6, 7]]
+    assert batches(several[:8], [0, 6, 7, 1], 2) == [[0, 7], [6, 1]]
+    assert batches(several, [0, 6, 12], 2) == [[0, 6], [12]], "where nothing else is left, they meet"

@@ -178,7 +178,7 @@ def check_archive(archive: Archive, lm: LM, method: str) -> None:
             )
     for name, sample in base.get("others", {}).items():
         own = now["others"].get(name)
-        if own is not None and own != sample and (exact or not _close(own, sample)):
+        if own and sample and own != sample and (exact or not _close(own, sample)):
             raise WrongBase(
                 f"The archive '{archive.path}' was trained on {archive.header.get('model')}, whose '{name}' has other "
                 f"numbers than that of {lm.name}. Load that model, or train an archive for this one: "

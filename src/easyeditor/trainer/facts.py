@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -92,9 +92,6 @@ def digest_of(*sets: list[EditRequest]) -> str:
 class Order:
     """The batches of a training set, epoch by epoch.
 
-    Facts that are edited together have prompts of their own as far as there are enough: a set may hold a fact with
-    several new answers, and they cannot all hold at once.
-
     Args:
         requests: The set.
         size: Requests per batch.
@@ -102,33 +99,45 @@ class Order:
     """
 
     def __init__(self, requests: list[EditRequest], size: int, seed: int) -> None:
-        self.requests, self.size, self.seed = requests, min(size, len(requests)), seed
+        self.requests, self.size, self.seed = requests, room(requests, size), seed
         self.per_epoch = len(requests) // self.size
-        self._drawn: tuple[int, list[int]] = (-1, [])
+        self._drawn: tuple[int, list[list[int]]] = (-1, [])
 
     def batch(self, number: int) -> list[Visit]:
         """One batch of the endless sequence of epochs."""
         epoch, at = divmod(number, self.per_epoch)
         if self._drawn[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            places = torch.randperm(len(self.requests), generator=generator).tolist()
-            self._drawn = epoch, self._apart(places)
-        places = self._drawn[1][at * self.size : (at + 1) * self.size]
-        return [visit(self.requests, place, epoch, self.seed) for place in places]
+            order = torch.randperm(len(self.requests), generator=generator).tolist()
+            self._drawn = epoch, batches(self.requests, order, self.size)
+        return [visit(self.requests, place, epoch, self.seed) for place in self._drawn[1][at]]
 
-    def _apart(self, places: list[int]) -> list[int]:
-        """The places in their order, but one that would repeat a prompt of its batch comes in the next."""
-        waiting, found = deque(places), list[int]()
-        while waiting:
-            batch, later = dict[str, int](), list[int]()
-            while waiting and len(batch) < self.size:
-                place = waiting.popleft()
-                if batch.setdefault(self.requests[place].prompt, place) != place:
-                    later.append(place)
-            missing = self.size - len(batch)
-            found += [*batch.values(), *later[:missing]]
-            waiting.extendleft(reversed(later[missing:]))
-        return found
+
+def room(requests: list[EditRequest], size: int) -> int:
+    """How many requests of a set can be edited together, at most `size`: those with prompts of their own."""
+    return min(size, len({request.prompt for request in requests}))
+
+
+def batches(requests: list[EditRequest], order: Sequence[int], size: int) -> list[list[int]]:
+    """Places of a set, batch by batch; facts of one prompt and several answers cannot hold together.
+
+    Args:
+        requests: The set.
+        order: The places, which stay in this order, but for one that would repeat a prompt of its batch: it comes in a
+            later one, as long as there are others.
+        size: Requests per batch.
+    """
+    waiting, found = deque(order), list[list[int]]()
+    while waiting:
+        batch, later = dict[str, int](), list[int]()
+        while waiting and len(batch) < size:
+            place = waiting.popleft()
+            if batch.setdefault(requests[place].prompt, place) != place:
+                later.append(place)
+        missing = size - len(batch)
+        found.append([*batch.values(), *later[:missing]])
+        waiting.extendleft(reversed(later[missing:]))
+    return found
 
 
 def visit(requests: list[EditRequest], place: int, epoch: int | None, seed: int) -> Visit:

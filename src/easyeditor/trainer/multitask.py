@@ -17,6 +17,7 @@ from easyeditor.hparams.training import Trained
 from easyeditor.lm.model import LM
 from easyeditor.metrics.opinions import Opinions, opinion_scores
 from easyeditor.requests import EditRequest
+from easyeditor.trainer.facts import batches, room
 from easyeditor.trainer.run import EditTrainer
 
 BY_TASK = ("edit/acc", "loc/acc")
@@ -48,12 +49,13 @@ class MultiTaskTrainer(EditTrainer):
         """What is trained, with what it is worth on each task."""
         return ByTask(super().editor(hparams, lm), lm, self._opinions)
 
-    def validation(self, size: int) -> list[Sequence[int]]:
+    def validation(self, size: int) -> list[list[int]]:
         """The places of the validation set that are edited together: facts of one task."""
         tasks: dict[str | None, list[int]] = {}
         for place, request in enumerate(self.val_set):
             tasks.setdefault(task_of(request.prompt), []).append(place)
-        return [places[start : start + size] for places in tasks.values() for start in range(0, len(places), size)]
+        size = room(self.val_set, size)
+        return [batch for places in tasks.values() for batch in batches(self.val_set, places, size)]
 
     def _read(self, source: Any, what: str) -> Any:
         """Requests in the place of items; their opinions are kept aside."""

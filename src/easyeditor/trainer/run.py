@@ -27,7 +27,7 @@ from easyeditor.errors import NonFinite, UsageError, did_you_mean
 from easyeditor.hparams import complete
 from easyeditor.hparams.training import Trained
 from easyeditor.lm.model import LM
-from easyeditor.trainer.facts import Order, digest_of, requests_of, split, visit
+from easyeditor.trainer.facts import Order, batches, digest_of, requests_of, room, split, visit
 from easyeditor.trainer.folder import CHECKPOINT, RESULTS, checkpoint_in, move_aside, would_be_missed, write_json
 from easyeditor.trainer.meters import EarlyStopper, RunningStatAverager, Show
 from easyeditor.trainer.processes import Processes
@@ -132,14 +132,13 @@ class EditTrainer:
         finally:
             self.history = loop.history
 
-    def validation(self, size: int) -> list[Sequence[int]]:
+    def validation(self, size: int) -> list[list[int]]:
         """The places of the validation set that are edited together, batch by batch.
 
         Args:
             size: Requests per batch.
         """
-        count = len(self.val_set)
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+        return batches(self.val_set, range(len(self.val_set)), room(self.val_set, size))
 
     def _checkpoint(self) -> Archive | None:
         return None if self._fresh else checkpoint_in(self.folder, self.key)
