@@ -35,7 +35,6 @@ def write(tmp_path: Path) -> Callable[[str, Any], Path]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "xdist_group(name): tests that run in one process")
     if "EASYEDITOR_TAUGHT" in os.environ:
         return
     # the processes that this one starts share the models that are taught, and the statistics
@@ -48,12 +47,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runslow", action="store_true", help="run the tests marked slow as well")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:  # of two processes, one gets all of a family, and so none waits until the other has taught it
-        family = getattr(item, "callspec", None) and item.callspec.params.get("lm")
-        if isinstance(family, str):
-            item.add_marker(pytest.mark.xdist_group(family))
+    items.sort(key=lambda item: item.path.name != "test_toy.py")  # first what teaches: see there
     if config.getoption("--runslow"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
