@@ -37,6 +37,7 @@ def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("easyeditor.bench.cost.TOKENS", 2)  # a measurement that says little and takes no time
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("easyedit ")]
     assert len(lines) >= 6
     for line in lines:
