@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-os.environ["EASYEDITOR_CACHE"] = tempfile.mkdtemp(prefix="easyeditor-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("COLUMNS", None)  # tables are as wide as they are without a terminal
@@ -36,9 +35,12 @@ def write(tmp_path: Path) -> Callable[[str, Any], Path]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "EASYEDITOR_TAUGHT" not in os.environ:  # the processes that this one starts share the models it teaches
-        folder = os.environ["EASYEDITOR_TAUGHT"] = tempfile.mkdtemp(prefix="easyeditor-taught-")
-        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    if "EASYEDITOR_TAUGHT" in os.environ:
+        return
+    # the processes that this one starts share the models that are taught, and the statistics
+    for name in ("EASYEDITOR_TAUGHT", "EASYEDITOR_CACHE"):
+        folder = os.environ[name] = tempfile.mkdtemp(prefix=f"{name.lower()}-")
+        config.add_cleanup(lambda folder=folder: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,16 +48,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:  # of two processes, one gets all that shares a taught model
-        family = getattr(item, "callspec", None) and item.callspec.params.get("lm")
-        item.add_marker(pytest.mark.xdist_group(family if isinstance(family, str) else item.path.name))
+    items.sort(key=lambda item: item.path.name != "test_toy.py")  # first what teaches: see there
     if config.getoption("--runslow"):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if "slow" not in item.keywords]
-
-
-def pytest_unconfigure() -> None:
-    shutil.rmtree(os.environ["EASYEDITOR_CACHE"], ignore_errors=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -323,22 +326,24 @@ def test_an_unexpected_error_is_one_sentence_unless_debug(monkeypatch: pytest.Mo
     assert "gears" in result.stderr
 
 
-SMALL_FILES = (
-    "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))\n"
-    "import sys; from easyeditor.cli import main; sys.argv[0] = 'easyedit'; main()"
-)
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Meanwhile no file may grow beyond two kilobytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_write_that_fails_loses_nothing(saved: Path, tmp_path: Path) -> None:
     folder = tmp_path / "edit"
     shutil.copytree(saved, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    args = ["edit", *FACT, *QUICK, "-m", MODEL, "--save", str(folder), "--force"]
-    done = subprocess.run([sys.executable, "-c", SMALL_FILES, *args], capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "could not be written" in done.stderr
-    assert "Traceback" not in done.stderr
+    with small_files():
+        said = refused("edit", *FACT, *QUICK, "-m", MODEL, "--save", folder, "--force", code=1)
+    assert "could not be written" in said
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["edit"]
 

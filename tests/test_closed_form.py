@@ -40,7 +40,7 @@ from easyeditor.requests import EditRequest
 CORPUS = toy.corpus()
 LAYERS = [0, 1, 2]
 QUICK: dict[str, Any] = {
-    "layers": LAYERS, "v_num_grad_steps": 5, "v_lr": 0.3, "v_weight_decay": 0.1, "clamp_norm_factor": 1.5,
+    "layers": LAYERS, "v_num_grad_steps": 3, "v_lr": 0.3, "v_weight_decay": 0.1, "clamp_norm_factor": 1.5,
     "context_template_length_params": [[2, 2], [3, 1]], "mom2_update_weight": 10.0, "mom2_dtype": "float64",
 }  # fmt: skip
 FACTS = [

@@ -79,9 +79,21 @@ PAIRS = [
     if not (family == "t5" and "subject" in spec.needs)
     and spec.kind not in ("decoding", "answering")  # no fact is changed: tests/test_decoding.py, test_hops.py
 ]
-
-
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+IN_EACH_PRECISION = [
+    pytest.param(
+        *pair.values,
+        dtype,
+        marks=pair.marks or (pytest.mark.slow if kind == "fp16" and pair.values not in toy.IN_HALF else ()),
+        id=f"{pair.id}-{kind}",
+    )
+    for pair in PAIRS
+    for kind, dtype in PRECISIONS.items()
+]
 CORPUS = toy.corpus()
+STEPS = {"max_edit_step", "n_iter", "num_iter", "num_steps", "optim_num_step", "v_num_grad_steps"}
+FEW = 4
+STRANGER = "toy-stranger"  # a model that knows nothing
 WRONG: dict[str, dict[str, object]] = {
     "ICE": {"use_icl_examples": True},
     "IKE": {"demonstrations": "best"},
@@ -90,19 +102,28 @@ WRONG: dict[str, dict[str, object]] = {
 }
 
 
-def hparams_of(spec: MethodSpec, lm: LM, **more: object) -> HyperParams:
+def hparams_of(spec: MethodSpec, lm: LM, brief: bool = False, **more: object) -> HyperParams:
     known = {field.name for field in dataclasses.fields(spec.hparams)}
-    site: dict[str, object] = {"inner_params": [lm.weight_name(len(lm.blocks) // 2)]} if "inner_params" in known else {}
-    site |= {"archive": toy.archive(lm, spec.name)} if "archive" in known else {}
-    return complete(
-        spec.hparams(**{**site, **toy.SETTINGS.get(spec.name, {}), **OF_FAMILY.get((spec.name, lm.name), {}), **more}),
-        lm,
+    given: dict[str, object] = (
+        {"inner_params": [lm.weight_name(len(lm.blocks) // 2)]} if "inner_params" in known else {}
     )
+    given |= {"archive": toy.archive(lm, spec.name, brief=lm.name == STRANGER)} if "archive" in known else {}
+    given |= {**toy.SETTINGS.get(spec.name, {}), **OF_FAMILY.get((spec.name, lm.name), {})}
+    if brief:
+        parts = {name: part for name, part in given.items() if isinstance(part, dict)}  # settings of a method within
+        given |= {name: {**part, **dict.fromkeys(STEPS & part.keys(), FEW)} for name, part in parts.items()}
+        given |= dict.fromkeys(STEPS & known, FEW)
+    return complete(spec.hparams(**{**given, **more}), lm)
 
 
 def edit_with(lm: LM, spec: MethodSpec, request: EditRequest, **more: object) -> Edit:
     hparams = hparams_of(spec, lm, **more)
     return make_edit(lm, spec, [request], hparams, prepared(lm, spec, hparams, corpus_of(spec)))
+
+
+def brief_edit(lm: LM, spec: MethodSpec, request: EditRequest) -> Edit:
+    """An edit of a few steps, for the laws that hold whether or not the new answer wins."""
+    return edit_with(lm, spec, request, brief=True)
 
 
 def corpus_of(spec: MethodSpec) -> object:
@@ -124,7 +145,9 @@ def logits(lm: LM, prompt: str) -> torch.Tensor:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if {"spec", "lm"} <= set(metafunc.fixturenames):
+    if "dtype" in metafunc.fixturenames:
+        metafunc.parametrize(("spec", "lm", "dtype"), IN_EACH_PRECISION, indirect=["spec", "lm"])
+    elif {"spec", "lm"} <= set(metafunc.fixturenames):
         metafunc.parametrize(("spec", "lm"), PAIRS, indirect=True)
 
 
@@ -154,7 +177,7 @@ def test_the_new_answer_wins_and_the_other_facts_stay(spec: MethodSpec, lm: LM) 
 def test_it_leaves_the_model_as_it_found_it(spec: MethodSpec, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     before, flags = bits(lm), [p.requires_grad for p in lm.model.parameters()]
     state = torch.random.get_rng_state()
-    edit_with(lm, spec, toy.request())
+    brief_edit(lm, spec, toy.request())
     assert same_bits(lm, before)
     assert flags == [p.requires_grad for p in lm.model.parameters()]
     assert torch.equal(state, torch.random.get_rng_state()), "the global generator is nobody's to use"
@@ -188,13 +211,12 @@ def test_it_leaves_the_model_as_it_found_it_when_it_fails(spec: MethodSpec, lm: 
     assert not any("forward" in vars(module) for module in lm.model.modules())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_undo_is_exact_in_any_order(spec: MethodSpec, lm: LM, dtype: torch.dtype) -> None:
     lm = LM.wrap(lm.model.to(dtype), lm.tokenizer, name=lm.name)
     before, prompt = bits(lm), toy.request().prompt
     said = logits(lm, prompt)
     ledger = Ledger.of(lm)
-    ids = [put_on(lm, edit_with(lm, spec, r), [r]) for r in (toy.request(0), toy.request(5), toy.request(9, "job"))]
+    ids = [put_on(lm, brief_edit(lm, spec, r), [r]) for r in (toy.request(0), toy.request(5), toy.request(9, "job"))]
     assert not torch.equal(logits(lm, prompt), said)
     for edit_id in (ids[1], ids[0], ids[2]):
         ledger.undo(edit_id)
@@ -218,7 +240,7 @@ def test_several_edits_in_sequence_all_hold(spec: MethodSpec, lm: LM) -> None:
 
 def test_saved_and_loaded_it_does_the_same(spec: MethodSpec, lm: LM, tmp_path: object) -> None:
     request = toy.request()
-    edit = edit_with(lm, spec, request)
+    edit = brief_edit(lm, spec, request)
     with applied(lm, edit):
         expected = logits(lm, request.prompt)
     (loaded,) = load_edits(save_edits(edit, f"{tmp_path}/edit"))
@@ -230,16 +252,17 @@ def test_saved_and_loaded_it_does_the_same(spec: MethodSpec, lm: LM, tmp_path: o
 
 
 def test_the_same_seed_gives_the_same_bytes(spec: MethodSpec, lm: LM) -> None:
-    first = edit_with(lm, spec, toy.request())
+    first = brief_edit(lm, spec, toy.request())
     torch.manual_seed(99)
-    assert edit_with(lm, spec, toy.request()) == first
+    assert brief_edit(lm, spec, toy.request()) == first
 
 
 def test_two_models_in_one_process_do_not_see_each_other(spec: MethodSpec, lm: LM) -> None:
-    alone = edit_with(lm, spec, toy.request())
+    alone = brief_edit(lm, spec, toy.request())
     other = toy.build("llama", seed=3)
-    put_on(other, edit_with(other, spec, toy.request(3)), [toy.request(3)])
-    assert edit_with(lm, spec, toy.request()) == alone
+    other = LM.wrap(other.model, other.tokenizer, name=STRANGER)
+    put_on(other, brief_edit(other, spec, toy.request(3)), [toy.request(3)])
+    assert brief_edit(lm, spec, toy.request()) == alone
     assert not Ledger.of(lm).active
 
 

@@ -63,7 +63,7 @@ def edited(lm: LM, name: str, *requests: object, **more: object) -> list[str]:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "opt", "t5"])
 def test_the_tail_gives_what_the_whole_model_gives(family: str) -> None:
-    lm, request = toy.taught(family), toy.request()
+    lm, request = toy.build(family), toy.request()
     site = lm.mlp_out(len(lm.blocks) // 2)
     pairs = [(request.prompt, "oslo rome"), (f"the new fact . {request.prompt}", "lima")]
     tail = tail_of(lm, site, pairs)

@@ -119,7 +119,7 @@ def test_it_answers_the_questions_of_existing_examples(lm: LM) -> None:
 
 
 def test_a_value_can_be_written_in_at_least_five_consecutive_layers(lm: LM) -> None:
-    requests = TinyFacts().requests("reporting", limit=8)
+    requests = TinyFacts().requests("reporting", limit=4)
     settings = ValueSettings(40, 0.5, 0.0, 4.0, 0.0, place="block", stop_loss=0.02)
     for layer in range(5):
         found = values(lm, requests, layer, ["{}"], settings)
@@ -127,7 +127,7 @@ def test_a_value_can_be_written_in_at_least_five_consecutive_layers(lm: LM) -> N
         assert mean >= 0.9, f"layer {layer}"
 
 
-@pytest.mark.parametrize("facts", [4, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("facts", [2, pytest.param(16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in FAST)) for n in sorted(EXPECTED)]
 )
