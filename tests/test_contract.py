@@ -59,6 +59,7 @@ OF_FAMILY = {
     ("InstructEdit", "toy-llama"): {"lr_scale": 1.5},
     ("KE", "toy-opt"): {"lr_scale": 1.0},
     ("IKE", "toy-t5"): {"k": 0},
+    ("KN", "toy-gpt2"): {"lr_scale": 0.45},
     ("UltraEdit", "toy-llama"): {"lr": 4e-2},
     ("UltraEdit", "toy-gemma2"): {"lr": 3e-2, "inner_params": [f"model.layers.{i}.self_attn.o_proj" for i in (2, 3)]},
     ("UltraEdit", "toy-qwen2"): {"lr": 6e-2},

@@ -29,6 +29,7 @@ from easyeditor.requests import EditRequest, Probe
 OWN = {
     "FT": {"batch_size": 2},
     "GRACE": {"inner_params": ["model.layers[2].mlp.down_proj.weight"]},
+    "UltraEdit": {"lr": 1e-2},
     "IKE": {"use_icl_examples": False},  # what a training set does: tests/test_retrieval.py
 }
 QUICK = {

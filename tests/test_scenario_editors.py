@@ -162,7 +162,7 @@ def opinions(write: Any) -> PersonalityDataset:
 def test_per_editor(name: str, write: Any) -> None:
     lm = toy.taught("llama")
     ds = opinions(write)
-    more = {"lr": 5e-3, "num_steps": 150} if name == "FT" else {}
+    more = {"lr": 1e-3, "num_steps": 150} if name == "FT" else {}
     records, model, edits = PerEditor.from_hparams(settings(lm, name, **more)).edit_dataset(ds)
     assert model is lm.model and not Ledger.of(lm).active and len(edits) == 2
     for i, record in enumerate(records):

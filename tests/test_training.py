@@ -127,7 +127,7 @@ def test_a_long_answer_is_learnt_to_its_end() -> None:
     long = "ada ra lives in oslo and bo su works as a baker . then cy to lives in rome"
     request = EditRequest("what does bo vi do ?", long)
     adapter = {"lr": 2e-3, "num_steps": 200, "lora_dropout": 0.0}
-    for name, settings in (("FT_uns", {"layers": [1, 2], "lr": 2e-3, "num_steps": 100}), ("LoRA_uns", adapter)):
+    for name, settings in (("FT_uns", {"layers": [0, 1, 2, 3], "lr": 1e-3, "num_steps": 100}), ("LoRA_uns", adapter)):
         edit = edit_of(lm, name, [request], **settings)
         with applied(lm, edit):
             assert answer(lm, [request.prompt], 40) == [long], name
