@@ -36,11 +36,11 @@ class Processes:
         AcceleratorState._reset_state()  # a process may train twice, in different precisions
         precision = "bf16" if config.half and config.mixed_precision == "no" else config.mixed_precision
         on_cpu = (lm.device.type if lm is not None else config.device) == "cpu"
-        if on_cpu and precision == "fp16":
+        self.accelerator: Any = Accelerator(mixed_precision=precision, cpu=on_cpu)
+        if precision == "fp16" and self.accelerator.device.type == "cpu":
             raise UsageError(
                 "Setting 'mixed_precision' is 'fp16', which a CPU does not train in. Choose 'bf16' or 'no'."
             )
-        self.accelerator: Any = Accelerator(mixed_precision=precision, cpu=on_cpu)
         self.count: int = self.accelerator.num_processes
         self.first: bool = self.accelerator.is_main_process
 
