@@ -65,7 +65,7 @@ class Malmen(Trained):
     accumulate_bs: int = 1  # batches per step of the optimiser, over all processes
     rephrases: int = 1  # other wordings of a fact that the new answer is learnt on, per visit
     probes: int = 1  # probes of a fact that are kept from moving, per visit
-    cache_dir: str | None = None  # kept for existing files; tokens are kept in memory
+    cache_dir: str | None = None  # kept for existing files; nothing is kept, and cache_gb is not read
     grad_clip: float = 1.0  # kept for existing files; max_grad_norm says it
 
     def check(self) -> None:
@@ -128,7 +128,7 @@ class MALMENTraining:
         self.lm, self.hparams = lm, hparams
         self.sites = [lm.site(path) for path in hparams.inner_params]
         self.module = _network(self.sites, hparams, hparams.seed)
-        self.before = Before(lm, self.sites, hparams.token, 0.0, hparams.seed)
+        self.before = Before(lm, self.sites, hparams.token, room=0.0, seed=hparams.seed)
         self.lessons = Lessons(
             self.before,
             wordings=hparams.rephrases,

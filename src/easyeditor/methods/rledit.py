@@ -107,9 +107,7 @@ class RLEditTraining(MALMENTraining):
             changes = self._changes(step, so_far)
             so_far = {name: so_far[name] + change.detach().float() for name, change in changes.items()}
             recent = list(reversed(steps[max(t + 1 - self.hparams.back_depth, 0) : t + 1]))
-            reward, by_change, means = self._reward(
-                recent, [visit for each in steps[: t + 1] for visit in each], so_far
-            )
+            reward, by_change, means = self._reward(recent, group[: (t + 1) * size], so_far)
             size_of = torch.stack([change.square().sum() for change in changes.values()]).sum()
             loss = reward + self.hparams.reg_coef * size_of + carried(changes, by_change)
             total += loss.detach().cpu() / len(steps)
