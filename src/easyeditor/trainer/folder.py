@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from easyeditor.core.archive import Archive, read_archive
 from easyeditor.errors import DamagedFile
@@ -48,14 +47,6 @@ def move_aside(folder: Path) -> Path:
     aside = next(path for path in names if not path.exists())
     folder.rename(aside)
     return aside
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file, or replace it as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    temporary.replace(path)
 
 
 def _steps(header: Path) -> int | None:

@@ -22,13 +22,14 @@ from torch import nn
 
 from easyeditor.core.archive import Archive, check_archive, read_archive, write_archive
 from easyeditor.core.training import TOTAL, Trainable, Visit
+from easyeditor.editors.records import write_json
 from easyeditor.edits.ledger import Ledger
 from easyeditor.errors import NonFinite, UsageError, did_you_mean
 from easyeditor.hparams import complete
 from easyeditor.hparams.training import Trained
 from easyeditor.lm.model import LM
 from easyeditor.trainer.facts import Order, batches, digest_of, requests_of, room, split, visit
-from easyeditor.trainer.folder import CHECKPOINT, RESULTS, checkpoint_in, move_aside, would_be_missed, write_json
+from easyeditor.trainer.folder import CHECKPOINT, RESULTS, checkpoint_in, move_aside, would_be_missed
 from easyeditor.trainer.meters import EarlyStopper, RunningStatAverager, Show
 from easyeditor.trainer.processes import Processes
 from easyeditor.trainer.state import optimiser_state, put_back
