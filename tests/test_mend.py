@@ -15,7 +15,7 @@ from easyeditor.core.archive import base_of, load_archive, read_archive, write_a
 from easyeditor.core.gradients import Factors, factors
 from easyeditor.core.hypernetwork import Design, Hypernetwork
 from easyeditor.core.likelihood import answer_logits, answers
-from easyeditor.core.rehearsal import Before, drawn, probes_of, rehearsed, together
+from easyeditor.core.rehearsal import Before, Outcome, drawn, probes_of, rehearsed, together
 from easyeditor.core.training import TOTAL, Visit
 from easyeditor.edits.delta import LowRank, dense
 from easyeditor.edits.edit import WeightEdit
@@ -189,6 +189,14 @@ def test_a_pass_may_take_any_number_of_edits() -> None:
     for name, values in at_once.items():
         assert torch.allclose(values, torch.cat([each[name] for each in one_by_one]), atol=1e-5), name
     assert at_once[TOTAL].requires_grad and set(at_once) >= {"loss/edit", "loss/loc", "edit/acc", "loss/total_edit"}
+
+
+def test_locality_is_that_of_the_probes() -> None:
+    """Of the first edit half of its probe stays, and all that follows its answer; the second has no probe."""
+    same, edits = torch.tensor([1.0, 0.5, 0.25]), torch.tensor([0, 0, 1])
+    none, probes = torch.zeros(2), torch.tensor([False, True, False])
+    outcome = Outcome(none, none, torch.zeros(3), same, edits[~probes], edits, probes)
+    assert outcome.per_edit(2)["loc/acc"].tolist() == [0.5, 0.25]
 
 
 def test_what_is_not_kept_is_computed_again_to_the_same_bits() -> None:

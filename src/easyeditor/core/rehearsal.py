@@ -259,6 +259,7 @@ class Outcome:
         same: The share of these tokens whose most probable one is the same as before, (rows,).
         asked: The edit of each asked row, (asked rows,).
         edits: The edit of each row, (rows,).
+        probes: Whether a row is a probe, (rows,).
     """
 
     loss: Tensor
@@ -267,16 +268,20 @@ class Outcome:
     same: Tensor
     asked: Tensor
     edits: Tensor
+    probes: Tensor
 
     def per_edit(self, count: int) -> dict[str, Tensor]:
         """The means over the rows of each edit, under the names of existing logs, (count,)."""
         loss, kl = _mean(self.loss, self.asked, count), _mean(self.divergence, self.edits, count)
+        # what follows a new answer stays nearly always and would flatter; where it is all there is, it counts
+        found = torch.bincount(self.edits[self.probes], minlength=count)
+        shown = self.probes | (found[self.edits] == 0)
         return {
             "loss/edit": loss,
             "loss/loc": kl,
             "edit/acc": _mean(self.right, self.asked, count),
             "edit/prob": _mean((-self.loss.detach()).exp(), self.asked, count),
-            "loc/acc": _mean(self.same, self.edits, count),
+            "loc/acc": _mean(self.same[shown], self.edits[shown], count),
             "loc/kl": kl.detach(),
         }
 
@@ -324,7 +329,7 @@ def _outcome(rows: Rows, batch: Answers, logits: Tensor, stays: Tensor) -> Outco
     new, where = logits[stays], row[stays]
     kl = _mean((old.exp() * (old - new)).sum(1), where, len(asked))
     same = _mean(old.argmax(1) == new.argmax(1), where, len(asked))
-    return Outcome(loss[asked], right[asked].float(), kl, same, edits[asked], edits)
+    return Outcome(loss[asked], right[asked].float(), kl, same, edits[asked], edits, ~asked)
 
 
 @contextmanager
