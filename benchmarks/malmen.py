@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -131,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", default="tinyfacts:tuning:8", help="what to train from")
     parser.add_argument("--learn", type=int, help="at most so many facts of it")
     parser.add_argument("--iterations", type=int, help="batches of the training; else the packaged setting")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings of the training")
     parser.add_argument("--facts", type=int, default=500, help="of the reporting half, in one model")
     parser.add_argument("--most", type=int, default=1000, help="facts of the edit whose seconds are taken")
     parser.add_argument("--memory", type=int, nargs="*", default=[250, 500, 1000], help="facts of one edit")
@@ -139,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out or Path("results", f"{args.method.lower()}-tinyfacts")
     given: dict[str, Any] = {"dtype": "float32"}  # faster on a CPU than the checkpoint's bf16; the weights are the same
     given |= {} if args.iterations is None else {"max_iters": args.iterations}
+    given |= {name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in args.set)}
     seconds, scores = trained(args.method, out, named_facts(args.data, args.learn), given)
     table = Table("what", "found", "target", title=f"{args.method} on tinyfacts, {args.threads} threads")
     table.add_row("seconds of this training", f"{seconds:.0f}", "")
