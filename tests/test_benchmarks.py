@@ -128,7 +128,8 @@ def test_gpu_without_the_device(
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["malmen"], indirect=True)
 def test_malmen(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(script, f"--learn 40 --set loc_coef=0.5 --iterations 2 --facts 20 --most 30 --memory 10 --out {tmp_path / 'archive'}")
+    settings = "--learn 40 --set loc_coef=0.5 --iterations 2"
+    run(script, f"{settings} --facts 20 --most 30 --memory 10 --out {tmp_path / 'archive'}")
     found = rows(capsys.readouterr().out)
     assert float(found["20 facts, reliability"][0].split()[0]) >= 0.5
     assert found["peak of an edit of 10, MB"][0] != ""
